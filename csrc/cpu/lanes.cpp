@@ -1,0 +1,263 @@
+// See lanes.h. Compiled with LRTT_ISA set to the name of an instruction set. Nothing here may call a
+// non-inlined function of another header: the linker could hand its wide-vector copy to a narrow machine.
+#include "lanes.h"
+
+#ifdef __BMI2__
+#include <immintrin.h>
+#endif
+
+namespace lrtt {
+namespace {
+
+uint32_t largest(const float* v, int64_t n, int64_t stride) {
+  uint32_t top = 0;
+  if (stride == 1) {
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t b = magnitude_bits(v[i]);
+      top = b > top ? b : top;
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t b = magnitude_bits(v[i * stride]);
+      top = b > top ? b : top;
+    }
+  }
+  return top;
+}
+
+// Lane l, word k of a chunk is element 4*l + k: one Philox call serves the four words of a lane.
+using Lanes = uint32_t[4][kLanes];
+
+LRTT_HD void random_lanes(uint64_t key, uint32_t group0, uint32_t c1, uint32_t c2, uint32_t c3, Lanes& out) {
+  for (int l = 0; l < kLanes; ++l) {
+    const Words r = philox(key, group0 + uint32_t(l), c1, c2, c3);
+    out[0][l] = r.w[0];
+    out[1][l] = r.w[1];
+    out[2][l] = r.w[2];
+    out[3][l] = r.w[3];
+  }
+}
+
+void generate(const Operand& v, int64_t elements, int64_t e0, bool is_x, const BlockPlan& plan, uint64_t key,
+              uint32_t step, uint32_t array, const Stream& out) {
+  const int width = int(elements - e0 < kChunk ? elements - e0 : kChunk);
+  for (int w = 0; w < plan.words; ++w) {
+    memset(out.bits + w * out.ld + e0, 0, sizeof(uint32_t) * width);
+    memset(out.neg + w * out.ld + e0, 0, sizeof(uint32_t) * width);
+  }
+  const uint32_t c3 = counter3(is_x ? kBitX : kBitD, array, 0);
+  for (int s = 0; s < plan.samples; ++s) {
+    const Train& t = plan.train[s];
+    if (t.bl == 0) continue;
+    const float scale = is_x ? t.sx : t.sd;
+    const float* row = static_cast<const float*>(v.p) + int64_t(plan.row[s]) * v.ss + e0 * v.es;
+    float value[kChunk] = {};
+    for (int e = 0; e < width; ++e) value[e] = row[e * v.es];
+    Lanes bits, always, sign, fired, random;
+    for (int k = 0; k < 4; ++k) {
+      for (int l = 0; l < kLanes; ++l) {
+        const float f = value[4 * l + k];
+        const Threshold p = threshold(abs_(f) * scale);
+        bits[k][l] = p.bits;
+        always[k][l] = p.always;
+        sign[k][l] = 0u - (to_bits(f) >> 31);
+        fired[k][l] = 0;
+      }
+    }
+    const uint32_t c1 = uint32_t(plan.first_sample + s) * 64u;
+    const uint32_t slots = 0xffffffffu >> (32 - t.bl);
+    const uint32_t group0 = uint32_t(e0 / 4);
+    if (t.bl <= kDirectSlots) {
+      for (int slot = 0; slot < t.bl; ++slot) {
+        random_lanes(key, group0, c1 + uint32_t(slot), step, c3, random);
+        for (int k = 0; k < 4; ++k)
+          for (int l = 0; l < kLanes; ++l)
+            fired[k][l] |= (random[k][l] < bits[k][l] ? 1u : 0u) << slot;
+      }
+    } else {
+      Lanes undecided;
+      for (int k = 0; k < 4; ++k)
+        for (int l = 0; l < kLanes; ++l) undecided[k][l] = slots;
+      for (uint32_t plane = 0; plane < 32; ++plane) {
+        random_lanes(key, group0, c1 + plane, step, c3, random);
+        uint32_t open = 0;
+        for (int k = 0; k < 4; ++k)
+          for (int l = 0; l < kLanes; ++l) {
+            bernoulli_plane(plane, random[k][l], bits[k][l], undecided[k][l], fired[k][l]);
+            open |= undecided[k][l];
+          }
+        if (open == 0) break;
+      }
+    }
+    const int word = plan.offset[s] >> 5, shift = plan.offset[s] & 31;
+    const bool spills = shift + t.bl > 32;
+    uint32_t* b0 = out.bits + word * out.ld + e0;
+    uint32_t* n0 = out.neg + word * out.ld + e0;
+    for (int e = 0; e < width; ++e) {
+      const uint32_t f = (fired[e & 3][e >> 2] | always[e & 3][e >> 2]) & slots;
+      const uint32_t g = f & sign[e & 3][e >> 2];
+      b0[e] |= f << shift;
+      n0[e] |= g << shift;
+      if (spills) {
+        b0[out.ld + e] |= f >> (32 - shift);
+        n0[out.ld + e] |= g >> (32 - shift);
+      }
+    }
+  }
+}
+
+// The drawn cells of a lane group, one array a number.
+struct CellLanes {
+  float b_max[kLanes], b_min[kLanes], s_up[kLanes], s_dn[kLanes], e0[kLanes], e1[kLanes], e2[kLanes];
+};
+
+// The bits of `from` at the set bits of `mask`, packed together.
+LRTT_HD uint32_t extract(uint32_t from, uint32_t mask) {
+#ifdef __BMI2__
+  return _pext_u32(from, mask);
+#else
+  uint32_t out = 0, place = 1;
+  for (; mask != 0; mask &= mask - 1, place <<= 1) out |= (from & mask & (0u - mask)) != 0 ? place : 0u;
+  return out;
+#endif
+}
+
+// The pulses of a lane group in one segment: how many a cell gets, and their directions in order.
+struct Directions {
+  uint32_t count[kLanes];
+  uint32_t up[kSegmentWords + 1][kLanes];  // bit i of word j: pulse 32*j + i goes up; one word of slack
+};
+
+struct NoiseTable {
+  float level[kNoiseLevels];
+  NoiseTable() {
+    for (uint32_t i = 0; i < kNoiseLevels; ++i) level[i] = noise_level(i);
+  }
+};
+const NoiseTable noise_table;
+
+// Everything after the bits: lanes of one `other` index.
+template <class Device>
+LRTT_HD void step_lanes(const DeviceParams& p, const CellLanes& c, const Directions& queue, const uint32_t* cell,
+                        uint64_t key, uint32_t c1, uint32_t step, uint32_t c3, float* w, float* cut) {
+  const bool noisy = p.dw_min_std > 0.0f;
+  uint32_t most = 0;
+  for (int l = 0; l < kLanes; ++l) most = queue.count[l] > most ? queue.count[l] : most;
+  float xi[8][kLanes] = {};
+  for (uint32_t n = 0; n < most; ++n) {
+    if (noisy && (n & 7) == 0) {
+      Lanes random;
+      for (int l = 0; l < kLanes; ++l) {
+        const Words r = philox(key, cell[l], c1 + n / 8, step, c3);
+        random[0][l] = r.w[0];
+        random[1][l] = r.w[1];
+        random[2][l] = r.w[2];
+        random[3][l] = r.w[3];
+      }
+      for (int k = 0; k < 8; ++k)
+        for (int l = 0; l < kLanes; ++l)
+          xi[k][l] = noise(noise_table.level, noise_bits(random[k / 2][l], uint32_t(k)));
+    }
+    const uint32_t* up = queue.up[n / 32];
+    for (int l = 0; l < kLanes; ++l) {
+      const float shake = p.dw_min_std * xi[n & 7][l];
+      const Cell one_cell{c.b_max[l], c.b_min[l], c.s_up[l], c.s_dn[l], c.e0[l], c.e1[l], c.e2[l]};
+      float over = 0.0f;
+      const float next = pulse<Device>(p, one_cell, w[l], ((up[l] >> (n & 31)) & 1u) != 0, shake, over);
+      const bool active = n < queue.count[l];
+      w[l] = active ? next : w[l];
+      cut[l] += active ? over : 0.0f;
+    }
+  }
+}
+
+template <class Device>
+LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, int64_t other, const Stream& x,
+                    const Stream& d, int64_t* lost) {
+  const bool along_columns = job.n >= job.m;
+  const int64_t longer = along_columns ? job.n : job.m;
+  const int width = int(longer - lane0 < kLanes ? longer - lane0 : kLanes);
+  const uint64_t key = uint64_t(job.state[kKey]);
+  const uint32_t step = uint32_t(job.state[kStep]);
+  const uint32_t c3 = counter3(kNoise, uint32_t(job.array), 0);
+  const DeviceParams& p = job.device;
+  const int64_t first = along_columns ? other * job.n + lane0 : lane0 * job.n + other;
+  const int64_t stride = along_columns ? 1 : job.n;
+  const Stream& lanes = along_columns ? x : d;
+  const Stream& one = along_columns ? d : x;
+  const uint32_t down_flip = plan.eta_sign < 0 ? 0xffffffffu : 0u;
+
+  float w[kLanes] = {}, cut[kLanes] = {};
+  uint32_t cell[kLanes];
+  CellLanes c;
+  for (int l = 0; l < kLanes; ++l) {
+    cell[l] = uint32_t(first + l * stride);
+    if (l < width) w[l] = job.w[first + l * stride];
+  }
+  for (int l = 0; l < kLanes; ++l) {
+    const Cell drawn = draw_cell<Device>(p, key, uint32_t(job.array), cell[l]);
+    c.b_max[l] = drawn.b_max;
+    c.b_min[l] = drawn.b_min;
+    c.s_up[l] = drawn.s_up;
+    c.s_dn[l] = drawn.s_dn;
+    c.e0[l] = drawn.e0;
+    c.e1[l] = drawn.e1;
+    c.e2[l] = drawn.e2;
+  }
+  int64_t pulses = 0;
+  Directions queue{};
+  for (int begin = 0; begin < plan.words; begin += kSegmentWords) {
+    const int end = plan.words - begin < kSegmentWords ? plan.words : begin + kSegmentWords;
+    uint64_t held[kLanes] = {};  // directions not yet written to the queue
+    for (int l = 0; l < kLanes; ++l) queue.count[l] = 0;
+    for (int word = begin; word < end; ++word) {
+      const uint32_t ob = one.bits[word * one.ld + other];
+      if (ob == 0) continue;
+      const uint32_t on = one.neg[word * one.ld + other] ^ down_flip;
+      const uint32_t* lb = lanes.bits + word * lanes.ld + lane0;
+      const uint32_t* ln = lanes.neg + word * lanes.ld + lane0;
+      for (int l = 0; l < width; ++l) {
+        const uint32_t m = lb[l] & ob;
+        if (m == 0) continue;
+        const uint32_t have = queue.count[l], next = have + uint32_t(popcount_(m));
+        held[l] |= uint64_t(extract(ln[l] ^ on, m)) << (have & 31);  // x*d negative: an up pulse
+        if ((have ^ next) & ~31u) {
+          queue.up[have / 32][l] = uint32_t(held[l]);
+          held[l] >>= 32;
+        }
+        queue.count[l] = next;
+      }
+    }
+    for (int l = 0; l < kLanes; ++l) {
+      pulses += queue.count[l];
+      queue.up[queue.count[l] / 32][l] = uint32_t(held[l]);
+    }
+    step_lanes<Device>(p, c, queue, cell, key, segment_counter(plan.first_sample, begin), step, c3, w, cut);
+  }
+  for (int l = 0; l < width; ++l) {
+    job.w[first + l * stride] = w[l];
+    *lost += int64_t(double(cut[l]) * kFixedPoint + 0.5);
+  }
+  return pulses;
+}
+
+int64_t pulses(const PulseJob& job, const BlockPlan& plan, int64_t lane0, int64_t other, const Stream& x,
+               const Stream& d, int64_t* lost) {
+  int64_t count = 0;
+  with_device(int(job.device.kind), [&](auto device) __attribute__((always_inline)) {
+    count = run<decltype(device)>(job, plan, lane0, other, x, d, lost);
+  });
+  return count;
+}
+
+}  // namespace
+
+#define LRTT_CAT_(a, b) a##b
+#define LRTT_CAT(a, b) LRTT_CAT_(a, b)
+#define LRTT_STR_(a) #a
+#define LRTT_STR(a) LRTT_STR_(a)
+
+extern const LaneKernels LRTT_CAT(lane_kernels_, LRTT_ISA);
+const LaneKernels LRTT_CAT(lane_kernels_, LRTT_ISA) = {LRTT_STR(LRTT_ISA), largest, generate, pulses};
+
+}  // namespace lrtt

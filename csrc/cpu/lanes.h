@@ -1,0 +1,44 @@
+// The vectorised inner loops. lanes.cpp is compiled once for each instruction set and the widest one that
+// the processor has is chosen at load; the numbers do not depend on the choice.
+#pragma once
+
+#include "../jobs.h"
+
+namespace lrtt {
+
+constexpr int kLanes = 16;
+constexpr int kChunk = 4 * kLanes;  // elements whose bits are generated together
+
+// The slots of one block of samples.
+struct BlockPlan {
+  int samples;
+  int64_t first_sample;   // global index, the random counter
+  int words;              // of the stream
+  int row[kBlockSamples]; // operand row of each sample
+  float eta_sign;         // of the learning rate
+  Train train[kBlockSamples];
+  int offset[kBlockSamples + 1];  // first slot of each sample
+};
+
+// bits[word][element], neg[word][element]: where a slot fires, and where the firing operand is negative.
+struct Stream {
+  uint32_t *bits, *neg;
+  int64_t ld;
+};
+
+struct LaneKernels {
+  const char* name;
+  // Largest |v| of a strided vector, as magnitude_bits.
+  uint32_t (*largest)(const float* v, int64_t n, int64_t stride);
+  // Fills the stream of elements [e0, e0 + kChunk) (those below `elements`).
+  void (*generate)(const Operand& v, int64_t elements, int64_t e0, bool is_x, const BlockPlan& plan,
+                   uint64_t key, uint32_t step, uint32_t array, const Stream& out);
+  // Applies a block's pulses to kLanes cells along the job's longer side, starting at `lane0`, at index
+  // `other` of the shorter side. Returns the number of pulses; adds what the bounds cut to *lost.
+  int64_t (*pulses)(const PulseJob& job, const BlockPlan& plan, int64_t lane0, int64_t other, const Stream& x,
+                    const Stream& d, int64_t* lost);
+};
+
+const LaneKernels& lane_kernels();
+
+}  // namespace lrtt

@@ -1,0 +1,121 @@
+// Job tables in scratch memory, error checks and small device helpers.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace lrtt::cuda {
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("lightning_lrtt: ") + what + " failed: " + cudaGetErrorString(status) +
+                             "; lrtt.build_info() says for which CUDA version and architectures this build is");
+}
+
+inline cudaStream_t native(Stream stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
+// Hands out aligned pieces of the scratch memory; with base 0 it only adds up sizes.
+class Arena {
+ public:
+  explicit Arena(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
+  template <class T>
+  T* take(size_t count) {
+    used_ = (used_ + 255) & ~size_t(255);
+    T* piece = reinterpret_cast<T*>(base_ + used_);
+    used_ += count * sizeof(T);
+    return piece;
+  }
+  size_t used() const { return used_ + 256; }
+
+ private:
+  uintptr_t base_;
+  size_t used_ = 0;
+};
+
+// A table of jobs travels as a kernel argument, which a graph captures by value, and is stored in scratch memory for the
+// kernels that follow. So one launch of each serves any number of tiles.
+template <class Job, int capacity>
+struct Page {
+  Job job[capacity];
+};
+
+template <class Job, int capacity>
+__global__ void store_page(const __grid_constant__ Page<Job, capacity> page, int count, Job* table) {
+  static_assert(sizeof(Job) % 4 == 0, "copied word by word");
+  const uint32_t* from = reinterpret_cast<const uint32_t*>(page.job);
+  uint32_t* to = reinterpret_cast<uint32_t*>(table);
+  for (int i = threadIdx.x; i < count * int(sizeof(Job) / 4); i += blockDim.x) to[i] = from[i];
+}
+
+template <int capacity, class Job>
+void store_pages(const std::vector<Job>& jobs, Job* table, cudaStream_t stream) {
+  for (size_t first = 0; first < jobs.size(); first += capacity) {
+    Page<Job, capacity> page;
+    const int count = int(jobs.size() - first < capacity ? jobs.size() - first : capacity);
+    for (int i = 0; i < count; ++i) page.job[i] = jobs[first + i];
+    store_page<<<1, 256, 0, stream>>>(page, count, table + first);
+  }
+}
+
+// Small pages for small models: the argument is copied whole at every launch.
+template <class Job>
+void store_table(const std::vector<Job>& jobs, Job* table, cudaStream_t stream) {
+  constexpr int most = 30000 / int(sizeof(Job));
+  if (jobs.size() <= 4) {
+    store_pages<4>(jobs, table, stream);
+  } else if (jobs.size() <= most / 4) {
+    store_pages<most / 4>(jobs, table, stream);
+  } else {
+    store_pages<most>(jobs, table, stream);
+  }
+}
+
+// The job whose range of block (or warp) numbers holds `index`: first[i] ascends with i.
+template <class Job>
+__device__ __forceinline__ const Job& find_job(const Job* table, int count, int64_t index, int64_t Job::* first) {
+  int low = 0, high = count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (table[middle].*first <= index) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return table[low];
+}
+
+__device__ __forceinline__ void add(int64_t* total, int64_t value) {
+  atomicAdd(reinterpret_cast<unsigned long long*>(total), static_cast<unsigned long long>(value));
+}
+
+__device__ __forceinline__ void count_nonfinite(int64_t* counts, int64_t step, int64_t samples) {
+  add(counts + k_nonfinite, samples);
+  atomicCAS(reinterpret_cast<unsigned long long*>(counts + k_first_bad_step), ~0ull,
+            static_cast<unsigned long long>(step));
+}
+
+template <class T>
+__device__ __forceinline__ T warp_sum(T v) {
+  for (int lane = 16; lane > 0; lane /= 2) v += __shfl_down_sync(0xffffffffu, v, lane);
+  return v;
+}
+
+__device__ __forceinline__ uint32_t warp_max(uint32_t v) { return __reduce_max_sync(0xffffffffu, v); }
+
+// The lanes of tree_sum<32> are a warp: lane l adds l, l + 32, ...; the tree is a shuffle tree in the same order.
+__device__ __forceinline__ double warp_tree(double v) {
+  for (int half = 16; half > 0; half /= 2) {
+    const double other = __shfl_down_sync(0xffffffffu, v, half);
+    v += other;  // lanes below `half` hold lane[l] + lane[l + half]; the others are not read
+  }
+  return __shfl_sync(0xffffffffu, v, 0);
+}
+
+inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+}  // namespace lrtt::cuda

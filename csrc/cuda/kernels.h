@@ -1,0 +1,31 @@
+// CUDA entry points: the jobs of cpu/kernels.h with device pointers. Each call enqueues on `stream` and returns; it
+// allocates nothing (the caller gives scratch of workspace_bytes) and never synchronises, so it can be captured.
+#pragma once
+
+#include <vector>
+
+#include "../cpu/kernels.h"
+
+namespace lrtt::cuda {
+
+using Stream = void*;  // cudaStream_t
+
+size_t workspace_bytes(const std::vector<PulseJob>& jobs);
+size_t workspace_bytes(const std::vector<TransferJob>& jobs);
+size_t workspace_bytes(const std::vector<cpu::DigitalJob>& jobs);
+size_t workspace_bytes(const std::vector<cpu::ScaleJob>& jobs);
+size_t workspace_bytes(const std::vector<cpu::RelaxJob>& jobs);
+
+void pulsed_update(const std::vector<PulseJob>& jobs, void* workspace, Stream stream);
+void transfer(const std::vector<TransferJob>& jobs, bool force, void* workspace, Stream stream);
+void reinit(const std::vector<TransferJob>& jobs, void* workspace, Stream stream);
+void digital_update(const std::vector<cpu::DigitalJob>& jobs, void* workspace, Stream stream);
+void pulse_scale(const std::vector<cpu::ScaleJob>& jobs, void* workspace, Stream stream);
+void relax(const std::vector<cpu::RelaxJob>& jobs, void* workspace, Stream stream);
+void draw_cells(const cpu::CellsJob& job, float* out, Stream stream);
+void clip(const cpu::CellsJob& job, float* w, bool write, int64_t* at_bound, Stream stream);
+
+int runtime_version();
+int driver_version();
+
+}  // namespace lrtt::cuda

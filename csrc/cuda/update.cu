@@ -1,0 +1,229 @@
+// Updates of A and B: pulsed, digital, and the pulse learning rate.
+#include "pulses.cuh"
+
+namespace lrtt::cuda {
+namespace {
+
+constexpr int kMaximaWarps = 8;
+
+__device__ __forceinline__ uint32_t largest(const Operand& v, int64_t at, int elements, int lane) {
+  uint32_t top = 0;
+#pragma unroll 4
+  for (int e = 4 * lane; e < elements; e += 128) {
+    float value[4];
+    load4(v, at + e * v.es, elements - e, value);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) top = max(top, magnitude_bits(value[k]));
+  }
+  return top;
+}
+
+// Largest |x| and |d| of each sample, one warp a sample.
+__global__ void __launch_bounds__(32 * kMaximaWarps) sample_maxima(const DevicePulse* table, int count, int64_t warps) {
+  const int64_t warp = int64_t(blockIdx.x) * kMaximaWarps + threadIdx.x / 32;
+  if (warp >= warps) return;
+  const DevicePulse& p = find_job(table, count, warp, &DevicePulse::first_sample_warp);
+  const int64_t s = warp - p.first_sample_warp;
+  const int lane = int(threadIdx.x % 32);
+  uint32_t x = largest(p.job.x, s * p.job.x.ss, p.job.n, lane), d = largest(p.job.d, s * p.job.d.ss, p.job.m, lane);
+  x = warp_max(x);
+  d = warp_max(d);
+  if (lane == 0) {
+    p.maxima[2 * s] = x;
+    p.maxima[2 * s + 1] = d;
+  }
+}
+
+// Trains and offsets, one thread block per block of samples.
+__global__ void __launch_bounds__(kBlockSamples) plan_trains(const DevicePulse* table, int count) {
+  const DevicePulse& p = find_job(table, count, int64_t(blockIdx.x), &DevicePulse::first_plan_block);
+  const int block = int(int64_t(blockIdx.x) - p.first_plan_block);
+  const int64_t s = int64_t(block) * kBlockSamples + threadIdx.x;
+  Train train{0, 0.0f, 0.0f};
+  bool finite = true;
+  if (s < p.job.samples)
+    train = plan_train(*p.job.eta, p.maxima[2 * s], p.maxima[2 * s + 1], p.job.device.granularity, p.job.pulse, finite);
+  p.trains[s] = train;
+  const int words = scan_trains(train.bl, p.offsets + int64_t(block) * (kBlockSamples + 1));
+  const int shorter = p.along_columns ? p.job.m : p.job.n;
+  const int64_t at = int64_t(block) * p.block_words * shorter;
+  uint32_t* bits = (p.along_columns ? p.d_bits : p.x_bits) + at;
+  uint32_t* neg = (p.along_columns ? p.d_neg : p.x_neg) + at;
+  for (int i = threadIdx.x; i < words * shorter; i += kBlockSamples) bits[i] = neg[i] = 0;
+  const int bad = __syncthreads_count(!finite);
+  if (threadIdx.x == 0) {
+    p.words[block] = words;
+    if (bad) count_nonfinite(p.job.counts, p.job.state[kStep], bad);
+  }
+}
+
+struct Layout {
+  DevicePulse* table;
+  std::vector<DevicePulse> jobs;
+  int64_t warps = 0, plans = 0, words = 0, cells = 0;
+  size_t bytes;
+
+  Layout(const std::vector<PulseJob>& list, void* workspace) {
+    Arena arena(workspace);
+    table = arena.take<DevicePulse>(list.size());
+    for (const PulseJob& job : list) {
+      if (job.samples == 0) continue;
+      DevicePulse p{};
+      p.job = job;
+      p.blocks = int(blocks_of(job.samples, kBlockSamples));
+      p.block_words = kBlockSamples / 32 * job.pulse.desired_bl;
+      reserve(p, arena, arena, false);
+      p.first_sample_warp = warps;
+      p.first_plan_block = plans;
+      p.first_word_block = words;
+      p.first_cell_block = cells;
+      warps += job.samples;
+      plans += p.blocks;
+      words += word_blocks(p);
+      cells += cell_blocks(p);
+      jobs.push_back(p);
+    }
+    bytes = arena.used();
+  }
+};
+
+}  // namespace
+
+size_t workspace_bytes(const std::vector<PulseJob>& jobs) { return Layout(jobs, nullptr).bytes; }
+
+void pulsed_update(const std::vector<PulseJob>& list, void* workspace, Stream handle) {
+  const Layout layout(list, workspace);
+  const int count = int(layout.jobs.size());
+  if (count == 0) return;
+  const cudaStream_t stream = native(handle);
+  store_table(layout.jobs, layout.table, stream);
+  sample_maxima<<<unsigned(blocks_of(layout.warps, kMaximaWarps)), 32 * kMaximaWarps, 0, stream>>>(layout.table, count,
+                                                                                                 layout.warps);
+  plan_trains<<<unsigned(layout.plans), kBlockSamples, 0, stream>>>(layout.table, count);
+  check(cudaGetLastError(), "pulse planning");
+  launch_streams_and_cells(layout.table, count, layout.words, layout.cells, Predicate{nullptr, 0}, stream);
+}
+
+// ------------------------------------------------------------------ digital
+
+namespace {
+
+constexpr int kDigitalThreads = 256, kDigitalItems = 4;
+
+struct DeviceDigital {
+  cpu::DigitalJob job;
+  int* bad;
+  int64_t first_block;
+};
+
+template <class T>
+__device__ void find_bad(const DeviceDigital& p, int64_t first) {
+  const T* g = static_cast<const T*>(p.job.grad);
+  bool bad = false;
+  for (int i = 0; i < kDigitalItems; ++i) {
+    const int64_t e = first + int64_t(i) * kDigitalThreads;
+    if (e < p.job.size) bad |= !(g[e] - g[e] == T(0));
+  }
+  if (bad) atomicOr(p.bad, 1);
+}
+
+template <class T>
+__device__ void descend(const DeviceDigital& p, int64_t first) {
+  const T* g = static_cast<const T*>(p.job.grad);
+  T* w = static_cast<T*>(p.job.w);
+  const T rate = T(*p.job.lr * p.job.scale);
+  for (int i = 0; i < kDigitalItems; ++i) {
+    const int64_t e = first + int64_t(i) * kDigitalThreads;
+    if (e < p.job.size) w[e] -= rate * g[e];
+  }
+}
+
+__global__ void __launch_bounds__(kDigitalThreads) digital_check(const DeviceDigital* table, int count) {
+  const DeviceDigital& p = find_job(table, count, int64_t(blockIdx.x), &DeviceDigital::first_block);
+  const int64_t first = (int64_t(blockIdx.x) - p.first_block) * kDigitalThreads * kDigitalItems + threadIdx.x;
+  p.job.is_double ? find_bad<double>(p, first) : find_bad<float>(p, first);
+}
+
+__global__ void __launch_bounds__(kDigitalThreads) digital_descend(const DeviceDigital* table, int count) {
+  const DeviceDigital& p = find_job(table, count, int64_t(blockIdx.x), &DeviceDigital::first_block);
+  const int64_t block = int64_t(blockIdx.x) - p.first_block;
+  if (*p.bad) {
+    if (block == 0 && threadIdx.x == 0) count_nonfinite(p.job.counts, p.job.state[kStep], 1);
+    return;
+  }
+  const int64_t first = block * kDigitalThreads * kDigitalItems + threadIdx.x;
+  p.job.is_double ? descend<double>(p, first) : descend<float>(p, first);
+}
+
+struct DeviceScale {
+  cpu::ScaleJob job;
+};
+
+__global__ void __launch_bounds__(kScaleLanes) scale_rates(const DeviceScale* table) {
+  __shared__ double cross[kScaleLanes], square[kScaleLanes];
+  const cpu::ScaleJob& job = table[blockIdx.x].job;
+  const int lane = int(threadIdx.x);
+  double c = 0.0, s = 0.0;
+  for (int64_t e = lane; e < job.size; e += kScaleLanes) {
+    const double f = job.first[e];
+    c += double(job.grad[e]) * f;
+    s += f * f;
+  }
+  cross[lane] = c;
+  square[lane] = s;
+  for (int half = kScaleLanes / 2; half > 0; half /= 2) {  // tree_sum, one thread a lane
+    __syncthreads();
+    if (lane < half) {
+      cross[lane] += cross[lane + half];
+      square[lane] += square[lane + half];
+    }
+  }
+  if (lane == 0) *job.eta = pulse_rate(*job.lr * job.scale, cross[0], square[0]);
+}
+
+}  // namespace
+
+size_t workspace_bytes(const std::vector<cpu::DigitalJob>& jobs) {
+  Arena arena(nullptr);
+  arena.take<DeviceDigital>(jobs.size());
+  arena.take<int>(jobs.size());
+  return arena.used();
+}
+
+void digital_update(const std::vector<cpu::DigitalJob>& list, void* workspace, Stream handle) {
+  if (list.empty()) return;
+  const cudaStream_t stream = native(handle);
+  Arena arena(workspace);
+  DeviceDigital* table = arena.take<DeviceDigital>(list.size());
+  int* bad = arena.take<int>(list.size());
+  std::vector<DeviceDigital> jobs;
+  int64_t blocks = 0;
+  for (size_t i = 0; i < list.size(); ++i) {
+    jobs.push_back(DeviceDigital{list[i], bad + i, blocks});
+    blocks += blocks_of(list[i].size, kDigitalThreads * kDigitalItems);
+  }
+  store_table(jobs, table, stream);
+  check(cudaMemsetAsync(bad, 0, sizeof(int) * list.size(), stream), "digital update");
+  digital_check<<<unsigned(blocks), kDigitalThreads, 0, stream>>>(table, int(jobs.size()));
+  digital_descend<<<unsigned(blocks), kDigitalThreads, 0, stream>>>(table, int(jobs.size()));
+  check(cudaGetLastError(), "digital update");
+}
+
+size_t workspace_bytes(const std::vector<cpu::ScaleJob>& jobs) {
+  Arena arena(nullptr);
+  arena.take<DeviceScale>(jobs.size());
+  return arena.used();
+}
+
+void pulse_scale(const std::vector<cpu::ScaleJob>& list, void* workspace, Stream handle) {
+  if (list.empty()) return;
+  const cudaStream_t stream = native(handle);
+  DeviceScale* table = Arena(workspace).take<DeviceScale>(list.size());
+  std::vector<DeviceScale> jobs;
+  for (const cpu::ScaleJob& job : list) jobs.push_back(DeviceScale{job});
+  store_table(jobs, table, stream);
+  scale_rates<<<unsigned(jobs.size()), kScaleLanes, 0, stream>>>(table);
+  check(cudaGetLastError(), "pulse scale");
+}
+
+}  // namespace lrtt::cuda
