@@ -1,0 +1,12 @@
+"""Callbacks of lightning_lrtt; the folder is installed as ``lightning_lrtt.callbacks``."""
+
+if __name__ != "lightning_lrtt.callbacks":
+    raise ImportError(
+        f"callbacks: import it as lightning_lrtt.callbacks, got {__name__!r}; a second copy of the classes would not "
+        "be recognised by the Trainer"
+    )
+
+from lightning_lrtt.callbacks.factory import default_callbacks
+from lightning_lrtt.callbacks.tile_monitor import TileMonitor
+
+__all__ = ["TileMonitor", "default_callbacks"]

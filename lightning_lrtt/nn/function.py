@@ -1,0 +1,77 @@
+"""Reading a tile: ``y = x C^T + alpha (x B^T) A^T``, and what backward leaves behind for the update."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_lrtt.nn.latch import Operands
+
+if TYPE_CHECKING:
+    from lightning_lrtt.nn.tile import TileModule
+
+
+def digital_read(tile: TileModule, x: Tensor) -> Tensor:
+    """The tile's output by ordinary autograd; A and B get their exact gradients, C gets none."""
+    y = tile.project(x, tile.weight)
+    return y + tile.mix(tile.config.alpha * tile.project(x, tile.B), tile.A)
+
+
+@torch.compiler.disable  # a compiled graph would drop the latch, and with it every update
+def latched_read(tile: TileModule, x: Tensor) -> Tensor:
+    """The tile's output; backward also counts the samples and, on a pulsed tile, latches x, X_B, D and D_A."""
+    return _LatchedRead.apply(x, tile.weight, tile.A, tile.B, tile)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def _accumulates(leaves: tuple[tuple[Any, int], ...]) -> bool:
+    """Whether this backward pass ends in the ``.grad`` of A or B, whose nodes ``leaves`` are.
+
+    `torch.autograd.grad` by the input, or by A and B themselves, leaves no ``.grad`` and must latch nothing.
+    """
+    try:
+        return any(torch._C._will_engine_execute_node(node) for node, _ in leaves if node is not None)
+    except RuntimeError:  # the engine captures the leaf's gradient for autograd.grad
+        return False
+
+
+class _LatchedRead(torch.autograd.Function):
+    """Under autocast all products run in the autocast dtype, and gradients return in the dtype of their parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, c: Tensor, a: Tensor, b: Tensor, tile: TileModule) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        ctx.tile, ctx.in_dtype = tile, x.dtype
+        with torch.autocast(kind, enabled=False):
+            x, c, a, b = (t.to(dtype) for t in (x, c, a, b))
+            z = tile.project(x, b)
+            y = tile.project(x, c)
+            tile.add_mix(y, z, a, tile.config.alpha)
+        ctx.save_for_backward(x, z, c, a, b)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tile: TileModule = ctx.tile
+        alpha = tile.config.alpha
+        x, z, c, a, b = ctx.saved_tensors
+        grad = grad.to(x.dtype)
+        dz, grad_a = tile.mix_backward(grad, z, a)
+        need_x = ctx.needs_input_grad[0]
+        _, grad_b = tile.project_backward(dz, x, b, (False, True))
+        grad_x = None
+        if need_x:
+            grad_x, _ = tile.project_backward(grad, x, c, (True, False))
+            tile.add_project_backward(grad_x, dz, x, b, alpha)
+            grad_x = grad_x.to(ctx.in_dtype)
+        grad_a = (alpha * grad_a).to(tile.A.dtype)
+        grad_b = (alpha * grad_b).to(tile.B.dtype)
+        if _accumulates(ctx.next_functions[2:4]):
+            tile.latch.enter(torch._C._current_graph_task_id(), tile.A.grad is None)
+            tile.latch.samples += z.numel() // a.shape[1]
+            if tile.config.is_pulsed:
+                tile.latch.add(Operands(x, z, grad, dz, x._version), grad_a, grad_b)
+        return grad_x, None, grad_a, grad_b, None

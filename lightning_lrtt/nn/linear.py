@@ -1,0 +1,96 @@
+"""The linear layer on a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_lrtt.config import LRTTConfig
+from lightning_lrtt.nn.tile import TileModule
+
+
+class LRTTLinear(TileModule):
+    """``y = x (C + alpha A B)^T + bias`` with C, A, B on an LR-TT tile.
+
+    ``weight`` is C, so that a digital checkpoint loads by name; it takes no gradient, the optimizer `LRTT` moves it.
+
+    Args:
+        in_features: k.
+        out_features: d.
+        bias: Whether there is a digital bias.
+        config: The tile's numbers.
+        device: Torch device.
+        dtype: float32; float64 for tiles that are digital throughout.
+        tile: See `TileModule`.
+
+    Shape:
+        input ``[..., k]``, output ``[..., d]``; N is the product of the leading dimensions.
+
+    Example:
+        >>> import torch
+        >>> layer = LRTTLinear(6, 4, config=LRTTConfig(rank=2))
+        >>> layer(torch.zeros(3, 6)).shape
+        torch.Size([3, 4])
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, config: LRTTConfig = LRTTConfig(),  # noqa: B008
+                 device: Any = None, dtype: torch.dtype | None = None, tile: int | None = None) -> None:
+        super().__init__((out_features, in_features), config, bias, device, dtype, tile)
+        self.in_features, self.out_features = in_features, out_features
+        self.reset_parameters()
+
+    @classmethod
+    def from_digital(cls, linear: nn.Linear, config: LRTTConfig, tile: int | None = None) -> LRTTLinear:
+        """Take over ``linear``'s weight and bias; both keep their Parameter identity.
+
+        Bounded devices clip the weight.
+        """
+        new = cls(linear.in_features, linear.out_features, linear.bias is not None, config, "meta", linear.weight.dtype, tile)
+        return new.adopt(linear)
+
+    def to_digital(self) -> nn.Linear:
+        """A plain layer with the effective weight."""
+        new = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", self.weight.dtype)
+        new.weight = nn.Parameter(self.effective_weight(), self.A.requires_grad)
+        if self.bias is not None:
+            new.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        return new.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return self.read(x)
+
+    def project(self, x: Tensor, w: Tensor) -> Tensor:
+        return F.linear(x, w)
+
+    def project_backward(self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+        by_x = grad @ w if needs[0] else None
+        by_w = self.samples(grad).t() @ self.samples(x) if needs[1] else None
+        return by_x, by_w
+
+    def mix(self, z: Tensor, a: Tensor) -> Tensor:
+        return F.linear(z, a)
+
+    def mix_backward(self, grad: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        return grad @ a, self.samples(grad).t() @ self.samples(z)
+
+    def add_mix(self, y: Tensor, z: Tensor, a: Tensor, alpha: float) -> None:
+        # One matrix product that accumulates, instead of a product, a temporary of y's size and an addition.
+        y.view(-1, a.shape[0]).addmm_(self.samples(z), a.t(), alpha=alpha)
+
+    def add_project_backward(self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float) -> None:
+        grad_x.view(-1, w.shape[1]).addmm_(self.samples(grad), w, alpha=alpha)
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        assert self.bias is not None
+        return y + self.bias.to(y.dtype)  # as nn.Linear, whose output has the autocast dtype
+
+    def samples(self, features: Tensor) -> Tensor:
+        return features.reshape(-1, features.shape[-1])
+
+    def patches(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        yield 0, self.samples(x)

@@ -1,0 +1,333 @@
+"""The state of one tile and what every layer that owns one can do."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_lrtt import _check
+from lightning_lrtt.config import LRTTConfig
+from lightning_lrtt.nn import identity
+from lightning_lrtt.nn.function import digital_read, latched_read
+from lightning_lrtt.nn.latch import Latch
+from lightning_lrtt.ops import COUNTS, CYCLE, KEY, STATE_SIZE
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+
+
+def tile_key(seed: int, tile: int) -> int:
+    """The 64-bit random key of tile number ``tile`` under ``seed``, as a signed int64 (splitmix64's finaliser)."""
+    z = (seed + (tile + 1) * _GOLDEN) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    z ^= z >> 31
+    return z - (1 << 64) if z >> 63 else z
+
+
+class TileLink:
+    """What ``parameter.tile`` is: a way from C, A or B to the module that owns them.
+
+    It holds no strong reference and copies to nothing, so that deepcopy and pickle of a parameter do not drag the module
+    along; the module sets the link anew whenever its parameters change.
+    """
+
+    __slots__ = ("_module",)
+
+    def __init__(self, module: TileModule | None = None) -> None:
+        self._module = weakref.ref(module) if module is not None else None
+
+    @property
+    def module(self) -> TileModule | None:
+        """The owner, or None if it is gone."""
+        return self._module() if self._module is not None else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (TileLink, ())
+
+
+class TileModule(nn.Module):
+    """Base of the LR-TT layers: parameters ``weight`` (C), ``A``, ``B``, the tile's counters and its latch.
+
+    ``weight`` keeps the shape of the digital layer; as a matrix it is C ``[d, k]``. Subclasses say how the layer multiplies.
+
+    Args:
+        weight_shape: Shape of ``weight``; the first dimension is d, the others multiply to k.
+        config: The tile's numbers.
+        bias: Whether there is a digital bias ``[d]``.
+        device: Where the tile lives.
+        dtype: float32, or float64 if the tile is digital throughout.
+        tile: Number of the tile, from which its random key is derived. None draws one from torch's default generator, so
+            that ``seed_everything`` fixes it and equal layers differ.
+
+    Raises:
+        ValueError: If the rank exceeds min(d, k) or the tile has too many cells.
+        TypeError: If the dtype does not suit the devices.
+    """
+
+    weight: nn.Parameter
+    A: nn.Parameter
+    B: nn.Parameter
+    bias: nn.Parameter | None
+    tile_state: Tensor
+    tile_counts: Tensor
+    transposed = False  # whether the digital layer stores its weight as [in, out]
+
+    def __init__(self, weight_shape: tuple[int, ...], config: LRTTConfig, bias: bool, device: Any = None,
+                 dtype: torch.dtype | None = None, tile: int | None = None) -> None:
+        super().__init__()
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        d, k = weight_shape[0], int(torch.Size(weight_shape[1:]).numel())
+        name = type(self).__name__
+        _check.integer(name, "outputs", d, low=1)
+        _check.integer(name, "inputs", k, low=1)
+        if config.rank > min(d, k):
+            raise _check.fail(name, "config.rank", f"at most min(d, k) = {min(d, k)}", config.rank,
+                              "lower the rank for this layer, or let convert_to_lrtt do it")
+        if d * k >= 2**32:
+            raise _check.fail(name, "d * k", "below 2**32 cells", d * k, "split the layer")
+        _check_dtype(name, dtype, config)
+        self.config = config
+        self.tile_shape = (d, k)
+        self.weight = nn.Parameter(torch.empty(weight_shape, device=device, dtype=dtype), requires_grad=False)
+        self.A = nn.Parameter(torch.zeros(d, config.rank, device=device, dtype=dtype))
+        self.B = nn.Parameter(torch.empty(config.rank, k, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(d, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self._key = tile_key(config.seed, int(torch.randint(2**62, (), device="cpu")) if tile is None else tile)
+        self.register_buffer("tile_state", self._fresh_state().to(device))
+        self.register_buffer("tile_counts", _fresh_counts().to(device))
+        self.hyper = config.pack(k)
+        self.latch = Latch()
+        self._link()
+
+    # -------------------------------------------------------------- state
+
+    @property
+    def matrix(self) -> Tensor:
+        """C as the matrix ``[d, k]``, sharing memory with ``weight``."""
+        return self.weight.detach().view(self.tile_shape)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A ``[d, r]`` and B ``[r, k]``, detached."""
+        return self.A.detach(), self.B.detach()
+
+    def _fresh_state(self) -> Tensor:
+        state = torch.zeros(STATE_SIZE, dtype=torch.int64)
+        state[KEY] = self._key
+        return state
+
+    def adopt(self, digital: nn.Module) -> Self:
+        """Take over weight and bias of a digital layer, keeping their Parameter identity, with fresh factors."""
+        device = digital.weight.device
+        learns = digital.weight.requires_grad  # a frozen layer stays frozen
+        self.weight = digital.weight.requires_grad_(False)
+        self.bias = digital.bias
+        self.A = nn.Parameter(torch.zeros_like(self.A, device=device), learns)
+        self.B = nn.Parameter(torch.empty_like(self.B, device=device), learns)
+        self.tile_state = self._fresh_state().to(device)
+        self.tile_counts = _fresh_counts().to(device)
+        self._link()
+        self.write_visible()
+        self.reset_factors()
+        return self.train(digital.training)
+
+    def reset_parameters(self) -> None:
+        """Start over: C and bias as in the digital layer, C clipped to its device, fresh factors and counters."""
+        if self.weight.is_meta:
+            return
+        with torch.no_grad():
+            self.tile_state.copy_(self._fresh_state())
+            self.tile_counts.copy_(_fresh_counts())
+            nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+            if self.bias is not None:
+                bound = self.tile_shape[1] ** -0.5
+                nn.init.uniform_(self.bias, -bound, bound)
+        self.write_visible()
+        self.reset_factors()
+
+    def write_visible(self, values: Tensor | None = None) -> int:
+        """Write C, clipped to the bounds of its device.
+
+        Args:
+            values: The weight to write, in any shape with d * k elements; None clips what is there.
+
+        Returns:
+            How many cells were clipped or stand at a bound; 0 on a digital C.
+        """
+        with torch.no_grad():
+            if values is not None:
+                self.weight.copy_(values.reshape(self.weight.shape))
+            if self.config.visible_device is None or self.weight.is_meta:
+                return 0
+            return int(torch.ops.lrtt.clip_(self.matrix, self.tile_state, self.hyper, 2, True))
+
+    def reset_factors(self) -> None:
+        """A = 0 and a fresh B: what follows an initialisation or a load of a digital weight."""
+        if self.B.is_meta:
+            return
+        a, b = self.factors()
+        torch.ops.lrtt.reinit_([a], [b], [self.tile_state], [self.hyper])
+
+    def effective_weight(self) -> Tensor:
+        """``C + alpha A B`` in the shape of ``weight``: the matrix that the layer applies."""
+        a, b = self.factors()
+        return torch.addmm(self.matrix, a, b, alpha=self.config.alpha).view(self.weight.shape)
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Transfer now, whatever the counter says; afterwards C alone is the model and A = 0.
+
+        With tau != alpha the effective weight changes, as at every transfer.
+        """
+        a, b = self.factors()
+        torch.ops.lrtt.transfer_([a], [b], [self.matrix], [self.tile_state], [self.tile_counts], [self.hyper], [0], True)
+
+    def counts(self) -> dict[str, int]:
+        """The accumulators by name (see ``ops.COUNTS``). Reads from the device: not for a training step."""
+        return dict(zip(COUNTS, self.tile_counts.tolist(), strict=True))
+
+    # -------------------------------------------------------------- multiplication, for subclasses
+
+    def project(self, x: Tensor, w: Tensor) -> Tensor:
+        """x times a matrix ``[rows, k]``: ``x w^T`` for a linear layer, a convolution with ``rows`` outputs otherwise."""
+        raise NotImplementedError
+
+    def project_backward(self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of `project` by x and by w (as ``[rows, k]``); None where not needed."""
+        raise NotImplementedError
+
+    def mix(self, z: Tensor, a: Tensor) -> Tensor:
+        """z times A^T: r features to d."""
+        raise NotImplementedError
+
+    def mix_backward(self, grad: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of `mix` by z and by A."""
+        raise NotImplementedError
+
+    def add_mix(self, y: Tensor, z: Tensor, a: Tensor, alpha: float) -> None:
+        """``y += alpha mix(z, a)`` in place."""
+        y.add_(self.mix(z, a), alpha=alpha)
+
+    def add_project_backward(self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float) -> None:
+        """``grad_x += alpha`` times the gradient of `project` by x, in place."""
+        by_x, _ = self.project_backward(grad, x, w, (True, False))
+        assert by_x is not None
+        grad_x.add_(by_x, alpha=alpha)
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """y plus the bias, broadcast over samples."""
+        raise NotImplementedError
+
+    def samples(self, features: Tensor) -> Tensor:
+        """``[N, features]`` view or copy of an activation, one row a sample."""
+        raise NotImplementedError
+
+    def patches(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Bounded chunks of the unfolded input: (index of the first sample, ``[n, k]``)."""
+        raise NotImplementedError
+
+    def read(self, x: Tensor) -> Tensor:
+        """The layer's output for x, in a way that lets a pulsed tile latch its operands."""
+        learns = torch.is_grad_enabled() and self.A.requires_grad
+        if learns and (self.config.is_pulsed or self.config.transfer_unit == "samples"):
+            y = latched_read(self, x)
+        else:
+            y = digital_read(self, x)
+        return y if self.bias is None else self.add_bias(y)
+
+    # -------------------------------------------------------------- links, copies, loading
+
+    def _link(self, keep: bool = False) -> None:
+        """Let the parameters find this module (``keep``: unless they belong to another one that lives), and lay them out
+        as the kernels read them: ``.to(memory_format=torch.channels_last)`` permutes a kernel in memory.
+        """
+        link = TileLink(self)
+        for parameter in (self.weight, self.A, self.B):
+            if not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+            old = getattr(parameter, "tile", None)
+            if not (keep and isinstance(old, TileLink) and old.module is not None):
+                parameter.tile = link  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__.copy()
+        return {**state, "latch": Latch()}  # operands of an unfinished step stay behind
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._link(keep=True)  # copy.copy shares the parameters with the original
+
+    def _apply(self, fn: Any, recurse: bool = True) -> TileModule:
+        probe = torch.empty(0, dtype=self.A.dtype, device=self.A.device)
+        _check_dtype(type(self).__name__, fn(probe).dtype, self.config)  # before anything is rounded
+        super()._apply(fn, recurse)
+        self._link()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+                              missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+        own = [prefix + name for name in ("A", "B", "tile_state", "tile_counts")]
+        digital = prefix + "weight" in state_dict and not any(name in state_dict for name in own)
+        described = state_dict.get(prefix + "_extra_state")
+        if described is not None and (wrong := identity.disagreements(identity.decode(described), self.description())):
+            error_msgs.append(
+                f"{type(self).__name__} {prefix.removesuffix('.')!r}: the checkpoint's tile must be the module's, but "
+                f"{'; '.join(wrong)}. Convert with the checkpoint's numbers, or load what `lrtt export` makes of it")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._link()
+        missing_keys[:] = [name for name in missing_keys if name != prefix + "_extra_state"]  # digital or old
+        if digital:  # a digital checkpoint starts fresh factors
+            missing_keys[:] = [name for name in missing_keys if name not in own]
+            self.write_visible()
+            with torch.no_grad():
+                self.tile_state[CYCLE] += 1
+            self.reset_factors()
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint must agree with: rank, alpha, devices and layout."""
+        return identity.describe(self.config, self.transposed)
+
+    def get_extra_state(self) -> Tensor:
+        """`description` as a tensor, so that a checkpoint alone says what its C, A and B mean."""
+        return identity.encode(self.description())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to set: loading compares it before anything is copied."""
+
+    def extra_repr(self) -> str:
+        """Shape and the numbers that differ from the defaults' meaning at a glance."""
+        c = self.config
+        devices = [type(x).__name__ if x else "digital" for x in (c.fast_device, c.visible_device)]
+        return (f"{self.tile_shape[1]} -> {self.tile_shape[0]}, bias={self.bias is not None}, rank={c.rank}, "
+                f"T={c.transfer_every} {c.transfer_unit}, A/B={devices[0]}, C={devices[1]}")
+
+
+def find_tiles(module: nn.Module) -> dict[str, TileModule]:
+    """The LR-TT layers below ``module`` by qualified name, each once."""
+    return {name: child for name, child in module.named_modules() if isinstance(child, TileModule)}
+
+
+def _fresh_counts() -> Tensor:
+    counts = torch.zeros(len(COUNTS), dtype=torch.int64)
+    counts[COUNTS["first_bad_step"]] = -1
+    return counts
+
+
+def _check_dtype(name: str, dtype: torch.dtype, config: LRTTConfig) -> None:
+    pulsed = config.fast_device is not None or config.visible_device is not None
+    allowed = (torch.float32,) if pulsed else (torch.float32, torch.float64)
+    if dtype not in allowed:
+        names = " or ".join(str(t).removeprefix("torch.") for t in allowed)
+        raise TypeError(f"{name}: dtype must be {names} {'on devices' if pulsed else ''}, got {dtype}; for half precision keep "
+                        "the tile in float32 and use autocast (precision='bf16-mixed')".replace("  ", " "))

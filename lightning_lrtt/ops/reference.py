@@ -1,0 +1,315 @@
+"""The operators in plain PyTorch: the same numbers as the compiled kernels, bit for bit, slowly.
+
+Each function takes the arguments of the operator of that name (``ops/schema.py``) on the CPU. Nothing here is vectorised
+beyond one sample or one word of the pulse stream, so that a line can be held against the line of the specification it
+implements. `reference_random` has the random numbers, `reference_devices` the devices.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_lrtt._compiled import LAYOUT
+from lightning_lrtt.ops import reference_devices as models
+from lightning_lrtt.ops import reference_random as rng
+from lightning_lrtt.ops.reference_random import f32
+from lightning_lrtt.ops.schema import (
+    BLOCK_SAMPLES,
+    BLOCK_SEGMENTS,
+    COUNTER,
+    COUNTS,
+    CYCLE,
+    FIXED_POINT,
+    KEY,
+    SEGMENT_WORDS,
+    STEP,
+    C,
+)
+
+_DIGITAL, _PULSED_RESIDUAL = 1, 3
+_UNIFORM, _ORTHOGONAL = 2, 3
+
+
+def _round(value: float) -> float:
+    """``value`` rounded to float32. Exact for +, -, *, / and sqrt of float32 numbers computed in float64."""
+    return float(f32(value))
+
+
+def _largest(v: Tensor) -> float:
+    """max |v|, or infinity where v holds an infinity or a NaN."""
+    return float(v.abs().max()) if bool(torch.isfinite(v).all()) else math.inf
+
+
+def _tile(hyper: Tensor) -> dict[str, float]:
+    return dict(zip(LAYOUT["tile"], hyper.tolist(), strict=False))
+
+
+def _lane_sum(v: Tensor, lanes: int) -> float:
+    """Sum of a vector in float64: lane l adds the elements l, l + lanes, ...; the lanes are added along a tree."""
+    padded = torch.zeros(-(-len(v) // lanes) * lanes, dtype=torch.float64)
+    padded[: len(v)] = v
+    lane = torch.zeros(lanes, dtype=torch.float64)
+    for row in padded.view(-1, lanes):
+        lane = lane + row
+    while len(lane) > 1:
+        lane = lane[: len(lane) // 2] + lane[len(lane) // 2 :]
+    return float(lane)
+
+
+def plan_train(eta: float, x_max: float, d_max: float, granularity: float, bl: int, management: bool,
+               bl_management: bool) -> tuple[int, float, float]:
+    """Spec §5 for one sample: (BL, S_x, S_d), or BL = 0 where there is no update.
+
+    ``eta``, ``x_max``, ``d_max`` and ``granularity`` are float32 values.
+    """
+    if not all(map(math.isfinite, (eta, x_max, d_max))) or 0.0 in (eta, x_max, d_max):
+        return 0, 0.0, 0.0
+    lr = abs(eta)
+    kappa = lr * x_max * d_max / granularity
+    slots = min(max(math.ceil(kappa), 0), bl) if bl_management and kappa < bl else bl
+    if slots < 1:
+        return 0, 0.0, 0.0
+    s = math.sqrt(lr / (granularity * slots))
+    ratio = 1.0
+    if management:
+        ratio = math.sqrt(x_max / (d_max * (bl / kappa) if kappa > bl else d_max))
+    largest = torch.finfo(torch.float32).max  # an infinite scale would let a zero operand fire
+    return slots, _round(min(s / ratio, largest)), _round(min(s * ratio, largest))
+
+
+def transfer_words(tau: float, x_max: float, d_max: float, granularity: float, bl: int, cap: int) -> int:
+    """Words of one term of a transfer: ``min(ceil(kappa / BL), cap)``, at least one."""
+    if not (math.isfinite(x_max) and math.isfinite(d_max)):
+        return 1
+    words = abs(tau) * x_max * d_max / granularity / bl
+    return max(math.ceil(words), 1) if words < cap else cap
+
+
+def _stream(v: Tensor, scales: list[float], trains: list[tuple[int, float, float]], key: int, step: int, first_sample: int,
+            c3: int) -> tuple[Tensor, Tensor]:
+    """Slots of a block end to end: which fire and where the firing operand is negative, ``[slots, elements]`` booleans."""
+    fired, negative = [], []
+    for s, (slots, _, _) in enumerate(trains):
+        if slots == 0:
+            continue
+        bits = rng.bernoulli(key, v[s].abs() * f32(scales[s]), slots, first_sample + s, step, c3)
+        fired.append(bits)
+        negative.append(torch.signbit(v[s]).expand_as(bits))
+    return torch.cat(fired), torch.cat(negative)
+
+
+def _apply_block(w: Tensor, x: Tensor, d: Tensor, trains: list[tuple[int, float, float]], first_sample: int, descend: bool,
+                 state: Tensor, counts: Tensor, hyper: Tensor, array: int, bl: int) -> None:
+    """Pulses of at most `BLOCK_SAMPLES` samples on w, slot after slot. ``descend``: a positive product lowers w."""
+    if not any(train[0] for train in trains):
+        return
+    key, step = int(state[KEY]), int(state[STEP])
+    x_fired, x_negative = _stream(x, [t[1] for t in trains], trains, key, step, first_sample, rng.counter3(rng.BIT_X, array))
+    d_fired, d_negative = _stream(d, [t[2] for t in trains], trains, key, step, first_sample, rng.counter3(rng.BIT_D, array))
+    p = models.device_params(hyper, array == C)
+    index = torch.arange(w.numel()).view(w.shape)
+    cells = models.cells(p, key, array, index)
+    cut = torch.zeros_like(w)
+    before = torch.zeros(w.shape, dtype=torch.int64)  # pulses that a cell had in this segment
+    for word, start in enumerate(range(0, len(x_fired), 32)):
+        slots = slice(start, start + 32)
+        hit = d_fired[slots, :, None] & x_fired[slots, None, :]
+        up = (d_negative[slots, :, None] ^ x_negative[slots, None, :]) == descend
+        counts[COUNTS["pulses_a"] + array] += int(hit.sum())
+        if word % SEGMENT_WORDS == 0:
+            before.zero_()
+        turn = before + hit.cumsum(0) - 1  # the number of a pulse among those of its cell in the segment
+        before += hit.sum(0)
+        noise = torch.zeros(hit.shape)
+        if p["dw_min_std"] > 0 and hit.any():
+            segment = first_sample // BLOCK_SAMPLES * BLOCK_SEGMENTS + word // SEGMENT_WORDS
+            pulse = turn[hit]
+            words = rng.philox(key, index.expand_as(turn)[hit], segment * 256 + pulse // 8, step, rng.counter3(rng.NOISE, array))
+            word = words.gather(0, (pulse // 2 % 4)[None])[0]
+            noise[hit] = p["dw_min_std"] * rng.noise(torch.where(pulse % 2 == 1, word >> 16, word & 0xFFFF))
+        for slot in range(len(hit)):
+            if not hit[slot].any():
+                continue
+            moved = w + models.delta(p, cells, w, up[slot], noise[slot])
+            kept = rng.more(rng.less(moved, cells.b_max), cells.b_min)
+            cut += torch.where(hit[slot], (moved - kept).abs(), f32(0.0))
+            w.copy_(torch.where(hit[slot], kept, w))
+    if array == C:
+        counts[COUNTS["lost"]] += (cut.double() * FIXED_POINT + 0.5).long().sum()
+
+
+def _count_nonfinite(counts: Tensor, step: int, samples: int) -> None:
+    if samples:
+        counts[COUNTS["nonfinite"]] += samples
+        if counts[COUNTS["first_bad_step"]] < 0:
+            counts[COUNTS["first_bad_step"]] = step
+
+
+def pulsed_update_(w: list[Tensor], x: list[Tensor], d: list[Tensor], eta: list[Tensor], state: list[Tensor],
+                   counts: list[Tensor], hyper: list[Tensor], array: list[int], first_sample: list[int]) -> None:
+    """w -= eta d x^T for every sample in order, as pulses on each cell's device."""
+    for w_, x_, d_, eta_, state_, counts_, hyper_, array_, first in zip(w, x, d, eta, state, counts, hyper, array, first_sample,
+                                                                      strict=True):
+        x_, d_, rate, tile = x_.float(), d_.float(), float(eta_), _tile(hyper_)
+        granularity = float(models.device_params(hyper_, array_ == C)["granularity"])
+        bl = int(tile["desired_bl"])
+        bad = 0
+        for s0 in range(0, len(x_), BLOCK_SAMPLES):
+            xs, ds = x_[s0 : s0 + BLOCK_SAMPLES], d_[s0 : s0 + BLOCK_SAMPLES]
+            largest = [(_largest(xs[s]), _largest(ds[s])) for s in range(len(xs))]
+            bad += sum(not all(map(math.isfinite, (rate, *pair))) for pair in largest)
+            trains = [plan_train(rate, x_max, d_max, granularity, bl, bool(tile["update_management"]),
+                                 bool(tile["update_bl_management"])) for x_max, d_max in largest]
+            _apply_block(w_, xs, ds, trains, first + s0, rate >= 0, state_, counts_, hyper_, array_, bl)
+        _count_nonfinite(counts_, int(state_[STEP]), bad)
+
+
+def _transfer_digital(a: Tensor, b: Tensor, c: Tensor, tau: float) -> None:
+    total = torch.zeros_like(c)
+    for q in range(a.shape[1]):
+        total = total + a[:, q, None] * b[None, q]
+    c.copy_(c + torch.tensor(tau, dtype=c.dtype) * total)
+
+
+def _transfer_pulsed(a: Tensor, b: Tensor, c: Tensor, state: Tensor, counts: Tensor, hyper: Tensor, residual: bool) -> None:
+    tile, tau = _tile(hyper), _round(_tile(hyper)["tau"])
+    bl, cap = int(tile["transfer_bl"]), int(tile["max_words"])
+    granularity = float(models.device_params(hyper, True)["granularity"])
+    rows, trains = [], []
+    for q in range(len(b)):
+        x_max, d_max = _largest(b[q]), _largest(a[:, q])
+        words = transfer_words(tau, x_max, d_max, granularity, bl, cap)
+        train = plan_train(_round(tau / words), x_max, d_max, granularity, bl, bool(tile["transfer_update_management"]),
+                           bool(tile["transfer_update_bl_management"]))
+        if not (math.isfinite(x_max) and math.isfinite(d_max)):
+            _count_nonfinite(counts, int(state[STEP]), 1)
+        if train[0]:
+            intended = abs(tau) * _lane_sum(a[:, q].abs(), 32) * _lane_sum(b[q].abs(), 32)
+            counts[COUNTS["intended"]] += int(intended * FIXED_POINT + 0.5)
+            if not residual:
+                share = 1.0
+                for v, scale in ((b[q], train[1]), (a[:, q], train[2])):
+                    p = v.abs() * f32(scale)
+                    share *= _lane_sum(rng.less(p, f32(1.0)), 32) / _lane_sum(p, 32)
+                counts[COUNTS["lost"]] += int(intended * (1.0 - share) * FIXED_POINT + 0.5)
+        rows += [q] * words
+        trains += [train] * words
+    for s0 in range(0, len(rows), BLOCK_SAMPLES):  # one sample of the stream for each word of each term
+        block = slice(s0, s0 + BLOCK_SAMPLES)
+        _apply_block(c, b[rows[block]], a.t()[rows[block]], trains[block], s0, tau < 0, state, counts, hyper, C, bl)
+
+
+def _residual(a: Tensor, b: Tensor, hyper: Tensor, q: int) -> Tensor:
+    """What the words of term q could not express stays in A[:, q]."""
+    tile, tau = _tile(hyper), _round(_tile(hyper)["tau"])
+    bl, granularity = int(tile["transfer_bl"]), float(models.device_params(hyper, True)["granularity"])
+    x_max, d_max = _largest(b[q]), _largest(a[:, q])
+    words = transfer_words(tau, x_max, d_max, granularity, bl, int(tile["max_words"]))
+    slots, _, sd = plan_train(_round(tau / words), x_max, d_max, granularity, bl, True,
+                              bool(tile["transfer_update_bl_management"]))
+    if slots == 0 or _round(d_max * sd) <= _round(1.000001):
+        return torch.zeros_like(a[:, q])
+    over = a[:, q].abs() - f32(_round(1.0 / sd))
+    return torch.where(over > 0, torch.copysign(over, a[:, q]), f32(0.0))
+
+
+def _orthogonalise(b: Tensor, std: float) -> None:
+    """Gram-Schmidt of the rows in float64, each stored in b's dtype with squared norm std^2 k."""
+    unit = std * std * b.shape[1]
+    for q in range(len(b)):
+        for p in range(q):
+            share = _lane_sum(b[q].double() * b[p].double(), 32) / unit
+            b[q] = b[q].double() - share * b[p].double()
+        b[q] = b[q].double() * math.sqrt(unit / _lane_sum(b[q].double() * b[q].double(), 32))
+
+
+def _reinit(a: Tensor, b: Tensor, state: Tensor, hyper: Tensor, residual: bool) -> None:
+    tile, key, k = _tile(hyper), int(state[KEY]), b.shape[1]
+    std = f32(tile["reinit_std"])
+    for q in range(len(b)):
+        a[:, q] = _residual(a, b, hyper, q) if residual else 0.0
+        if a[:, q].any():
+            continue  # B[q] still belongs to what is left in A[:, q]
+        words = rng.element_words(key, torch.arange(q * k, (q + 1) * k), 0, int(state[CYCLE]), rng.counter3(rng.REINIT, 1))
+        if int(tile["reinit"]) == _UNIFORM:
+            b[q] = std * (f32(1.7320508) * rng.fma(f32(2.0), rng.uniform(words), f32(-1.0)))
+        else:
+            b[q] = std * rng.normal(words)
+    if int(tile["reinit"]) == _ORTHOGONAL:
+        _orthogonalise(b, tile["reinit_std"])
+    if models.device_params(hyper, False)["kind"]:
+        clip_(b, state, hyper, 1, True)
+        clip_(a, state, hyper, 0, True)
+
+
+def transfer_(a: list[Tensor], b: list[Tensor], c: list[Tensor], state: list[Tensor], counts: list[Tensor],
+              hyper: list[Tensor], samples: list[int], force: bool) -> None:
+    """Ends an optimizer step; where a tile is due, C += tau A B and fresh factors."""
+    for a_, b_, c_, state_, counts_, hyper_, increment in zip(a, b, c, state, counts, hyper, samples, strict=True):
+        tile = _tile(hyper_)
+        counter = int(state_[COUNTER]) + increment
+        if force or counter >= int(tile["transfer_every"]):
+            mode = int(tile["transfer_mode"])
+            residual = mode == _PULSED_RESIDUAL and not force
+            if mode == _DIGITAL:
+                _transfer_digital(a_, b_, c_, tile["tau"])
+                if models.device_params(hyper_, True)["kind"]:
+                    clip_(c_, state_, hyper_, C, True)
+            else:
+                _transfer_pulsed(a_, b_, c_, state_, counts_, hyper_, residual)
+            state_[CYCLE] += 1
+            counter = 0
+            counts_[COUNTS["transfers"]] += 1
+            _reinit(a_, b_, state_, hyper_, residual)
+        state_[COUNTER] = counter
+        state_[STEP] += 1
+
+
+def reinit_(a: list[Tensor], b: list[Tensor], state: list[Tensor], hyper: list[Tensor]) -> None:
+    """A <- 0, B <- the draw of the present cycle."""
+    for tile in zip(a, b, state, hyper, strict=True):
+        _reinit(*tile, residual=False)
+
+
+def digital_update_(w: list[Tensor], grad: list[Tensor], lr: list[Tensor], state: list[Tensor], counts: list[Tensor],
+                    scale: list[float]) -> None:
+    """w -= lr scale grad, skipped and counted where grad is not finite."""
+    for w_, g, lr_, state_, counts_, s in zip(w, grad, lr, state, counts, scale, strict=True):
+        if bool(torch.isfinite(g).all()):
+            w_.copy_(w_ - torch.tensor(float(lr_) * s, dtype=w_.dtype) * g)
+        else:
+            _count_nonfinite(counts_, int(state_[STEP]), 1)
+
+
+def pulse_scale_(eta: list[Tensor], grad: list[Tensor], first: list[Tensor], lr: list[Tensor], scale: list[float]) -> None:
+    """eta = lr scale <grad, first> / <first, first>."""
+    for eta_, g, f, lr_, s in zip(eta, grad, first, lr, scale, strict=True):
+        g, f = g.flatten().double(), f.flatten().double()
+        square = _lane_sum(f * f, 1024)
+        eta_.fill_(float(lr_) * s * (_lane_sum(g * f, 1024) / square) if square != 0 else 0.0)
+
+
+def relax_(w: list[Tensor], state: list[Tensor], hyper: list[Tensor], array: list[int]) -> None:
+    """Decay and diffusion of every cell, one optimizer step."""
+    for w_, state_, hyper_, array_ in zip(w, state, hyper, array, strict=True):
+        index = torch.arange(w_.numel()).view(w_.shape)
+        w_.copy_(models.relax(models.device_params(hyper_, array_ == C), int(state_[KEY]), array_, index, w_, int(state_[STEP])))
+
+
+def draw_cells(state: Tensor, hyper: Tensor, array: int, rows: int, columns: int) -> Tensor:
+    """The drawn cells of an array, ``[7, rows, columns]``, in the order of `reference_devices.Cells`."""
+    index = torch.arange(rows * columns).view(rows, columns)
+    cells = models.cells(models.device_params(hyper, array == C), int(state[KEY]), array, index)
+    return torch.stack(list(cells))
+
+
+def clip_(w: Tensor, state: Tensor, hyper: Tensor, array: int, write: bool) -> Tensor:
+    """Clips w to its cells' bounds (if write); returns how many cells stood at or beyond a bound."""
+    b_max, b_min = draw_cells(state, hyper, array, *w.shape)[:2]
+    count = ((w >= b_max) | (w <= b_min)).sum()
+    if write:
+        w.copy_(rng.more(rng.less(w, b_max), b_min))
+    return count

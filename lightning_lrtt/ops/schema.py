@@ -1,0 +1,120 @@
+"""Operator schemas and their fakes. Every list holds one entry per array or tile; one call serves a whole model.
+
+Shapes, for a tile with d outputs, k inputs, rank r, and N samples in this step:
+
+- C ``[d, k]``, A ``[d, r]``, B ``[r, k]``: float32 (float64 too where nothing is pulsed), contiguous, updated in place
+- ``state`` int64 ``[4]``: key, step, counter, cycle; ``counts`` int64 ``[8]``: accumulators (`COUNTS`)
+- ``hyper`` float64 ``[H]`` on the CPU: `LRTTConfig.pack`, constants of the tile
+- ``lr`` float64 ``[]`` and ``eta`` float32 ``[]``: learning rates, on the tile's device, so that schedules reach a captured
+  step
+- ``x`` ``[N, columns]`` and ``d`` ``[N, rows]``: operands of a pulsed update, any strides, any float dtype
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_lrtt._compiled import LAYOUT
+
+A, B, C = 0, 1, 2  # arrays of a tile, as the compiled core numbers them
+KEY, STEP, COUNTER, CYCLE = range(4)  # entries of `state`
+STATE_SIZE = 4
+COUNTS: dict[str, int] = {name: i for i, name in enumerate(LAYOUT["counts"])}
+# `hyper`: the tile's numbers, then those of the fast and of the visible device.
+HYPER_SIZE = len(LAYOUT["tile"]) + 2 * len(LAYOUT["device"])
+DEVICE_KINDS = tuple(len(LAYOUT["tile"]) + i * len(LAYOUT["device"]) + LAYOUT["device"].index("kind") for i in (0, 1))
+FIXED_POINT: float = LAYOUT["fixed_point"]  # units per weight unit of the sums in `counts`
+BLOCK_SAMPLES: int = LAYOUT["block_samples"]  # `first_sample` must be a multiple of it
+CELL_NUMBERS: int = LAYOUT["cell_numbers"]  # what `draw_cells` gives of a cell
+SEGMENT_WORDS: int = LAYOUT["segment_words"]  # see csrc/jobs.h
+BLOCK_SEGMENTS: int = LAYOUT["block_segments"]
+
+library = torch.library.Library("lrtt", "DEF")
+
+# w -= eta d x^T for every sample in order, as pulses on each cell's device.
+library.define(
+    "pulsed_update_(Tensor(a!)[] w, Tensor[] x, Tensor[] d, Tensor[] eta, Tensor[] state, Tensor(b!)[] counts, "
+    "Tensor[] hyper, int[] array, int[] first_sample) -> ()"
+)
+# Ends an optimizer step: counter += 1 or samples; where it is due (or forced) C += tau A B, A <- 0, B <- fresh.
+library.define(
+    "transfer_(Tensor(a!)[] A, Tensor(b!)[] B, Tensor(c!)[] C, Tensor(d!)[] state, Tensor(e!)[] counts, Tensor[] hyper, "
+    "int[] samples, bool force) -> ()"
+)
+# A <- 0, B <- the draw of the present cycle.
+library.define("reinit_(Tensor(a!)[] A, Tensor(b!)[] B, Tensor[] state, Tensor[] hyper) -> ()")
+# w -= lr scale grad, skipped and counted where grad is not finite.
+library.define(
+    "digital_update_(Tensor(a!)[] w, Tensor[] grad, Tensor[] lr, Tensor[] state, Tensor(b!)[] counts, float[] scale) -> ()"
+)
+# eta = lr scale <grad, first> / <first, first>: the pulse learning rate follows what was done to p.grad.
+library.define("pulse_scale_(Tensor(a!)[] eta, Tensor[] grad, Tensor[] first, Tensor[] lr, float[] scale) -> ()")
+# Decay and diffusion of every cell, one optimizer step.
+library.define("relax_(Tensor(a!)[] w, Tensor[] state, Tensor[] hyper, int[] array) -> ()")
+# The drawn cells of an array: [7, rows, columns] = b_max, b_min, s_up, s_dn and the model's own three numbers.
+library.define("draw_cells(Tensor state, Tensor hyper, int array, int rows, int columns) -> Tensor")
+# Clips w to its cells' bounds (if write); returns how many cells stood at or beyond a bound, int64 [].
+library.define("clip_(Tensor(a!) w, Tensor state, Tensor hyper, int array, bool write) -> Tensor")
+
+
+@torch.library.register_fake("lrtt::pulsed_update_", lib=library)
+def _(w, x, d, eta, state, counts, hyper, array, first_sample):  # type: ignore[no-untyped-def]
+    for array_w, array_x, array_d, first in zip(w, x, d, first_sample, strict=True):
+        torch._check(array_w.dtype == torch.float32, lambda t=array_w: f"pulsed_update_: w must be float32, got {t.dtype}")
+        torch._check(
+            array_x.dim() == 2 and array_d.dim() == 2 and array_x.shape[0] == array_d.shape[0]
+            and array_x.shape[1] == array_w.shape[1] and array_d.shape[1] == array_w.shape[0],
+            lambda a=array_w, b=array_x, c=array_d: "pulsed_update_: x must be [N, columns] and d [N, rows] of w "
+            f"{list(a.shape)}, got x {list(b.shape)}, d {list(c.shape)}",
+        )
+        torch._check(first % BLOCK_SAMPLES == 0,
+                     lambda f=first: f"pulsed_update_: first_sample must be a multiple of {BLOCK_SAMPLES}, got {f}")
+
+
+@torch.library.register_fake("lrtt::transfer_", lib=library)
+def _(A, B, C, state, counts, hyper, samples, force):  # type: ignore[no-untyped-def]
+    _check_tiles("transfer_", A, B, C)
+
+
+@torch.library.register_fake("lrtt::reinit_", lib=library)
+def _(A, B, state, hyper):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("lrtt::digital_update_", lib=library)
+def _(w, grad, lr, state, counts, scale):  # type: ignore[no-untyped-def]
+    for array_w, array_g in zip(w, grad, strict=True):
+        torch._check(
+            array_w.shape == array_g.shape and array_w.dtype == array_g.dtype,
+            lambda a=array_w, b=array_g: f"digital_update_: grad must be {list(a.shape)} {a.dtype}, got {list(b.shape)} {b.dtype}",
+        )
+
+
+@torch.library.register_fake("lrtt::pulse_scale_", lib=library)
+def _(eta, grad, first, lr, scale):  # type: ignore[no-untyped-def]
+    for g, f in zip(grad, first, strict=True):
+        torch._check(g.shape == f.shape, lambda a=g, b=f: f"pulse_scale_: grad {list(a.shape)} and first {list(b.shape)} differ")
+
+
+@torch.library.register_fake("lrtt::relax_", lib=library)
+def _(w, state, hyper, array):  # type: ignore[no-untyped-def]
+    return None
+
+
+@torch.library.register_fake("lrtt::draw_cells", lib=library)
+def _(state, hyper, array, rows, columns):  # type: ignore[no-untyped-def]
+    return state.new_empty((CELL_NUMBERS, rows, columns), dtype=torch.float32)
+
+
+@torch.library.register_fake("lrtt::clip_", lib=library)
+def _(w, state, hyper, array, write):  # type: ignore[no-untyped-def]
+    return state.new_empty((), dtype=torch.int64)
+
+
+def _check_tiles(op: str, a_list: list[Tensor], b_list: list[Tensor], c_list: list[Tensor]) -> None:
+    for a, b, c in zip(a_list, b_list, c_list, strict=True):
+        torch._check(
+            a.shape[1] == b.shape[0] and tuple(c.shape) == (a.shape[0], b.shape[1]),
+            lambda a=a, b=b, c=c: f"{op}: A [d, r], B [r, k], C [d, k] must agree, got {list(a.shape)}, {list(b.shape)}, {list(c.shape)}",
+        )

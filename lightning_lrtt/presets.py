@@ -1,0 +1,94 @@
+"""Published device parameters as ready configurations.
+
+Each function gives an `LRTTConfig` whose A, B and C are that device; keyword arguments go to `LRTTConfig`, so
+``ecram_mo(rank=16)`` and ``reram_sb(visible_device=None)`` compose. `device` gives the model alone. Numbers are aihwkit's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_lrtt import _check
+from lightning_lrtt.config import LRTTConfig
+from lightning_lrtt.devices import ConstantStep, Device, Ideal, LinearStep
+
+__all__ = ["DEVICES", "capacitor", "device", "ecram", "ecram_mo", "gokmen_vlasov", "ideal", "idealized"]
+
+DEVICES: dict[str, Device] = {
+    # Li et al. 2018, capacitor-based cross-point array
+    "capacitor": LinearStep(
+        dw_min=0.005, w_max=1.0, w_min=-1.0, mult_noise=False, gamma_up=0.05, gamma_down=0.05, dw_min_dtod=0.1,
+        up_down_dtod=0.06, w_max_dtod=0.07, w_min_dtod=0.07, gamma_up_dtod=0.01, gamma_down_dtod=0.01, dw_min_std=0.3,
+        lifetime=1e6, lifetime_dtod=0.3),
+    # Tang et al. 2018, lithium electro-chemical RAM
+    "ecram": LinearStep(
+        dw_min=0.002, w_max=1.1724, w_min=-0.8276, mult_noise=True, gamma_up=0.1153, gamma_down=0.5085, dw_min_dtod=0.1,
+        up_down_dtod=0.01, w_max_dtod=0.05, w_min_dtod=0.05, gamma_up_dtod=0.05, gamma_down_dtod=0.05, dw_min_std=0.3),
+    # Kim et al. 2019, metal-oxide ECRAM
+    "ecram_mo": LinearStep(
+        dw_min=0.00028214, w_max=1.1714, w_min=-0.8286, mult_noise=True, gamma_up=0.4152, gamma_down=0.7342, dw_min_dtod=0.1,
+        up_down_dtod=0.01, w_max_dtod=0.05, w_min_dtod=0.05, gamma_up_dtod=0.05, gamma_down_dtod=0.05, dw_min_std=2.0),
+    # Gokmen & Vlasov 2016, many states
+    "idealized": ConstantStep(
+        dw_min=0.0002, dw_min_dtod=0.3, dw_min_std=0.3, up_down_dtod=0.0, w_max=1.0, w_min=-1.0, w_max_dtod=0.3, w_min_dtod=0.3),
+    # Gokmen & Vlasov 2016
+    "gokmen_vlasov": ConstantStep(
+        dw_min=0.0016, dw_min_dtod=0.3, dw_min_std=0.3, up_down_dtod=0.01, w_max=1.0, w_min=-1.0, w_max_dtod=0.3, w_min_dtod=0.3),
+    "ideal": Ideal(),
+}
+
+
+def device(name: str) -> Device:
+    """The device model of a preset.
+
+    Args:
+        name: A key of `DEVICES`.
+
+    Raises:
+        ValueError: If there is no such preset.
+
+    Example:
+        >>> device("ecram").w_max
+        1.1724
+    """
+    _check.choice("presets.device", "name", name, DEVICES)
+    return DEVICES[name]
+
+
+def _config(name: str, options: dict[str, Any]) -> LRTTConfig:
+    return LRTTConfig(**{"fast_device": DEVICES[name], "visible_device": DEVICES[name], **options})
+
+
+def capacitor(**options: Any) -> LRTTConfig:
+    """A, B and C on leaking capacitor cells. ``options`` go to `LRTTConfig`."""
+    return _config("capacitor", options)
+
+
+def ecram(**options: Any) -> LRTTConfig:
+    """A, B and C on lithium ECRAM. ``options`` go to `LRTTConfig`."""
+    return _config("ecram", options)
+
+
+def ecram_mo(**options: Any) -> LRTTConfig:
+    """A, B and C on metal-oxide ECRAM. ``options`` go to `LRTTConfig`.
+
+    Example:
+        >>> ecram_mo(rank=16).rank
+        16
+    """
+    return _config("ecram_mo", options)
+
+
+def idealized(**options: Any) -> LRTTConfig:
+    """A, B and C on Gokmen & Vlasov's idealized device. ``options`` go to `LRTTConfig`."""
+    return _config("idealized", options)
+
+
+def gokmen_vlasov(**options: Any) -> LRTTConfig:
+    """A, B and C on Gokmen & Vlasov's device. ``options`` go to `LRTTConfig`."""
+    return _config("gokmen_vlasov", options)
+
+
+def ideal(**options: Any) -> LRTTConfig:
+    """A, B and C on exact ConstantStep cells. ``options`` go to `LRTTConfig`."""
+    return _config("ideal", options)
