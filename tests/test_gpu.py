@@ -1,0 +1,318 @@
+"""I7 and capture: the CUDA kernels against the CPU kernels, bit for bit, for the same operands."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import DEVICES
+from torch import nn
+
+from lightning_lrtt import LRTT, LRTTConfig, PulseConfig, build_info, convert_to_lrtt, devices
+from lightning_lrtt.nn import LRTTConv2d, LRTTLinear, find_tiles
+from lightning_lrtt.ops import COUNTS, KEY, STATE_SIZE, STEP
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: GPU tests run on a machine that has one"),
+    pytest.mark.skipif(not build_info()["with_cuda"], reason="this build has CPU kernels only"),
+]
+
+SHAPES = {"tiny": (3, 2, 1), "wide": (20, 70, 5), "tall": (300, 33, 8), "square": (65, 64, 6)}
+
+
+def state_and_counts(key: int = 12345, step: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tile's state at some step, and fresh counters."""
+    state = torch.zeros(STATE_SIZE, dtype=torch.int64)
+    state[KEY], state[STEP] = key, step
+    counts = torch.zeros(len(COUNTS), dtype=torch.int64)
+    counts[COUNTS["first_bad_step"]] = -1
+    return state, counts
+
+
+def on_both(function, *tensors):
+    """Run ``function`` on copies of the tensors on the CPU and on the GPU; return both sets of copies."""
+    results = []
+    for target in ("cpu", "cuda"):
+        copies = [t.clone().to(target) for t in tensors]
+        function(*copies)
+        results.append([t.cpu() for t in copies])
+    return results
+
+
+def assert_same(results, names):
+    """Bit equality; NaN never passes."""
+    for name, cpu, gpu in zip(names, *results, strict=True):
+        assert torch.equal(cpu, gpu), f"{name} differs: {(cpu != gpu).sum()} of {cpu.numel()}"
+
+
+@pytest.mark.parametrize("pulse", [PulseConfig(), PulseConfig(desired_bl=7, update_management=False),
+                                   PulseConfig(desired_bl=3, update_bl_management=False)], ids=["default", "bl7", "bl3"])
+@pytest.mark.parametrize("scale", [1e-3, 0.3], ids=["light", "heavy"])
+@pytest.mark.parametrize("samples", [1, 300, 700])
+@pytest.mark.parametrize("device", DEVICES)
+def test_pulsed_update_bits(device, samples, scale, pulse):
+    """A pulsed update of a wide and a tall array gives the same weights and counts on both devices."""
+    config = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=DEVICES[device], visible_device=DEVICES[device], pulse=pulse)
+    for array, (rows, columns) in enumerate([(90, 5), (6, 130), (40, 70)]):
+        generator = torch.Generator().manual_seed(rows + samples)
+        w = 0.1 * torch.randn(rows, columns, generator=generator)
+        x = torch.randn(samples, columns, generator=generator)
+        d = scale * torch.randn(samples, rows, generator=generator)
+        if samples > 1:
+            x[0] = 0.0
+        hyper = config.pack(columns)
+        state, counts = state_and_counts()
+
+        def run(w, counts, x, d, eta, state, hyper=hyper, array=array):
+            torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [array], [0])
+
+        results = on_both(run, w, counts, x, d, torch.tensor(0.05), state)
+        if samples > 1:
+            assert results[0][1][array] > 0, "no pulses: the test would compare nothing"
+        assert_same(results, ("w", "counts", "x", "d", "eta", "state"))
+
+
+def test_pulsed_update_bits_nonfinite_and_negative_rate():
+    """Samples with NaN or infinity are skipped and counted alike; a negative rate flips the direction alike."""
+    config = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds())
+    x, d = torch.randn(40, 9), torch.randn(40, 30)
+    x[3, 2], d[5, 7] = float("nan"), float("inf")
+    state, counts = state_and_counts()
+
+    def run(w, counts, x, d, eta, state):
+        torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [config.pack(9)], [0], [0])
+
+    results = on_both(run, torch.zeros(30, 9), counts, x, d, torch.tensor(-0.1), state)
+    assert results[0][1][COUNTS["nonfinite"]] == 2
+    for index in (0, 1):
+        assert torch.equal(results[0][index], results[1][index])
+
+
+TRANSFERS = {
+    "digital": {},
+    "digital-bounded": {"visible_device": devices.SoftBounds(), "transfer_mode": "digital"},
+    "pulsed": {"visible_device": devices.SoftBounds()},
+    "pulsed-fast": {"visible_device": devices.LinearStep(gamma_up=0.2), "fast_device": devices.SoftBounds(corrupt_devices_prob=0.1)},
+    "pulsed-capped": {"visible_device": devices.Ideal(), "transfer_max_words": 2},
+    "residual": {"visible_device": devices.SoftBounds(), "transfer_mode": "pulsed_residual", "transfer_max_words": 2,
+                 "fast_device": devices.SoftBounds()},
+    "uniform": {"reinit": "uniform"},
+    "orthogonal": {"reinit": "orthogonal", "fast_device": devices.ConstantStep(), "reinit_gain": 0.5},
+}
+
+
+DIGITAL = [kind for kind, options in TRANSFERS.items() if not any("device" in name for name in options)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [*((kind, torch.float32) for kind in TRANSFERS), *((kind, torch.float64) for kind in DIGITAL)]
+)
+def test_transfer_bits(kind, dtype, shape):
+    """Steps through two cycles: transfer, reinit, counters and clip counts agree, whether due or not."""
+    options = TRANSFERS[kind]
+    d, k, r = SHAPES[shape]
+    config = LRTTConfig(**{"rank": r, "transfer_every": 2, "reinit_gain": 1.0, **options})
+    generator = torch.Generator().manual_seed(d)
+    a = torch.randn(d, r, generator=generator, dtype=dtype)
+    b = torch.randn(r, k, generator=generator, dtype=dtype)
+    c = 0.1 * torch.randn(d, k, generator=generator, dtype=dtype)
+    state, counts = state_and_counts()
+
+    def run(a, b, c, state, counts):
+        torch.ops.lrtt.reinit_([a.clone()], [b.clone()], [state], [config.pack(k)])
+        for step in range(5):
+            if step % 2:
+                a.add_(0.7)
+            torch.ops.lrtt.transfer_([a], [b], [c], [state], [counts], [config.pack(k)], [1], step == 4)
+
+    results = on_both(run, a, b, c, state, counts)
+    assert results[0][4][COUNTS["transfers"]] == 3
+    assert_same(results, ("A", "B", "C", "state", "counts"))
+
+
+def test_many_tiles_in_one_call():
+    """More tiles than one page of the job table holds, of mixed shapes and modes, in single calls."""
+    configs = [LRTTConfig(rank=2, reinit_gain=1.0, fast_device=devices.SoftBounds(), transfer_every=1,
+                          visible_device=devices.SoftBounds() if i % 2 else None) for i in range(150)]
+    shapes = [(5 + i % 7, 3 + i % 11) for i in range(150)]
+    generator = torch.Generator().manual_seed(0)
+    start = [(torch.zeros(d, 2), torch.randn(2, k, generator=generator), torch.zeros(d, k)) for d, k in shapes]
+    operands = [(torch.randn(4, 2, generator=generator), torch.randn(4, d, generator=generator)) for d, _ in shapes]
+    finals = []
+    for target in ("cpu", "cuda"):
+        a, b, c = ([t[i].clone().to(target) for t in start] for i in range(3))
+        xs, ds = ([t[i].to(target) for t in operands] for i in range(2))
+        pairs = [state_and_counts(key=i) for i in range(150)]
+        states, counts = [p[0].to(target) for p in pairs], [p[1].to(target) for p in pairs]
+        hyper = [cfg.pack(k) for cfg, (_, k) in zip(configs, shapes, strict=True)]
+        eta = [torch.tensor(0.05, device=target)] * 150
+        torch.ops.lrtt.pulsed_update_(a, xs, ds, eta, states, counts, hyper, [0] * 150, [0] * 150)
+        torch.ops.lrtt.transfer_(a, b, c, states, counts, hyper, [1] * 150, False)
+        finals.append([t.cpu() for t in (*a, *b, *c, *states, *counts)])
+    for cpu, gpu in zip(*finals, strict=True):
+        assert torch.equal(cpu, gpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+def test_digital_update_and_pulse_scale_bits(dtype):
+    """Digital descent (with one array skipped for a NaN) and the pulse rate agree."""
+    w, g = torch.randn(300, 77, dtype=dtype), torch.randn(300, 77, dtype=dtype)
+    bad = g.clone()
+    bad[200, 3] = float("inf")
+    state, counts = state_and_counts()
+
+    def run(w, other, g, bad, lr, state, counts):
+        torch.ops.lrtt.digital_update_([w, other], [g, bad], [lr, lr], [state, state], [counts, counts], [1.0, 0.3])
+
+    results = on_both(run, w, w.clone(), g, bad, torch.tensor(0.1, dtype=torch.float64), state, counts)
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], w)
+    assert torch.equal(results[0][6], results[1][6]) and results[0][6][COUNTS["nonfinite"]] == 1
+
+    def scale(eta, g, first, lr):
+        torch.ops.lrtt.pulse_scale_([eta], [g], [first], [lr], [2.0])
+
+    first = torch.randn(300, 77)
+    results = on_both(scale, torch.zeros(()), 0.3 * first + 1e-3, first, torch.tensor(0.1, dtype=torch.float64))
+    assert torch.equal(results[0][0], results[1][0]) and results[0][0] != 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_drawn_cells_and_clip_bits(device):
+    """Device-to-device draws and clipping agree."""
+    config = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=DEVICES[device])
+    state, _ = state_and_counts()
+    cpu = torch.ops.lrtt.draw_cells(state, config.pack(9), 1, 37, 53)
+    gpu = torch.ops.lrtt.draw_cells(state.cuda(), config.pack(9), 1, 37, 53).cpu()
+    assert torch.equal(cpu, gpu)
+
+    def clip(w, count, state):
+        count += torch.ops.lrtt.clip_(w, state, config.pack(9), 1, True)
+
+    results = on_both(clip, torch.randn(37, 53), torch.zeros((), dtype=torch.int64), state)
+    assert_same(results, ("w", "count", "state"))
+
+
+def test_relax_bits():
+    """Decay and diffusion agree."""
+    leaky = {"lifetime": 10.0, "lifetime_dtod": 0.3, "reset_dtod": 0.1, "diffusion": 0.01, "diffusion_dtod": 0.3}
+    hyper = LRTTConfig(rank=2, fast_device=devices.ExpStep(**leaky), visible_device=devices.SoftBounds(**leaky)).pack(53)
+    state, _ = state_and_counts()
+
+    def relax(a, c, state):
+        torch.ops.lrtt.relax_([a, c], [state, state], [hyper, hyper], [0, 2])
+
+    results = on_both(relax, torch.randn(37, 2), torch.randn(37, 53), state)
+    assert_same(results, ("A", "C", "state"))
+
+
+def pulsed_model() -> nn.Module:
+    """A ConvNet with every layer on noisy SoftBounds."""
+    soft = devices.SoftBounds()
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 64, 10))
+    return convert_to_lrtt(model, LRTTConfig(rank=4, transfer_every=3, fast_device=soft, visible_device=soft))
+
+
+def train(model: nn.Module, optimizer: LRTT, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+    """Plain eager steps."""
+    losses = []
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_training_moves_between_devices():
+    """A state saved on a GPU resumes on a CPU; device draws stay (they are a function of the key)."""
+    torch.manual_seed(0)
+    model = pulsed_model().cuda()
+    optimizer = LRTT(model.parameters(), lr=0.05)
+    x, y = torch.rand(64, 1, 8, 8, device="cuda"), torch.randint(10, (64,), device="cuda")
+    losses = train(model, optimizer, [(x, y)] * 40)
+    assert losses[-1] < losses[0]
+    assert optimizer.tiles()[0][0].counts()["transfers"] == 13
+    twin = pulsed_model()
+    twin.load_state_dict(model.cpu().state_dict())
+    for mine, theirs in zip(find_tiles(model).values(), find_tiles(twin).values(), strict=True):
+        assert torch.equal(mine.effective_weight(), theirs.effective_weight())
+        assert torch.equal(mine.tile_state, theirs.tile_state)
+    assert train(twin, LRTT(twin.parameters(), lr=0.05), [(x.cpu(), y.cpu())])[0] < losses[0]
+
+
+@pytest.mark.parametrize("fast", [None, devices.SoftBounds()], ids=["digital", "pulsed"])
+def test_captured_step_equals_eager(fast):
+    """A whole step in a CUDA graph, transfers included, gives the bits of eager steps, without a host synchronisation."""
+    config = LRTTConfig(rank=4, transfer_every=3, fast_device=fast, visible_device=fast)
+    finals = []
+    for captured in (False, True):
+        torch.manual_seed(1)
+        model = nn.Sequential(LRTTLinear(32, 48, config=config), nn.Tanh(), LRTTLinear(48, 10, config=config)).cuda()
+        optimizer = LRTT(model.parameters(), lr=0.1)
+        batches = [torch.randn(16, 32, generator=torch.Generator().manual_seed(i)).cuda() for i in range(12)]
+        static = batches[0].clone()
+
+        def step(model=model, optimizer=optimizer, static=static):
+            optimizer.zero_grad()
+            model(static).square().mean().backward()
+            optimizer.step()
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for batch in batches[:3]:
+                static.copy_(batch)
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in batches[3:]:
+                static.copy_(batch)
+                graph.replay() if captured else step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        finals.append({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    for name, eager in finals[0].items():
+        assert torch.equal(eager, finals[1][name]), name
+    assert finals[0]["0.tile_counts"][COUNTS["transfers"]] == 4
+
+
+def test_conv_chunks_do_not_change_bits(monkeypatch):
+    """The unfolded chunk size of a pulsed convolution is not part of the numbers."""
+    from lightning_lrtt.nn import conv
+
+    config = LRTTConfig(rank=3, fast_device=devices.SoftBounds())
+    finals = []
+    for chunk in (2**22, 512 * 18):
+        monkeypatch.setattr(conv, "_CHUNK_ELEMENTS", chunk)
+        torch.manual_seed(2)
+        layer = LRTTConv2d(2, 5, 3, config=dataclasses.replace(config, seed=3)).cuda()
+        optimizer = LRTT(layer.parameters(), lr=0.1)
+        layer(torch.randn(40, 2, 8, 8, generator=torch.Generator().manual_seed(0)).cuda()).square().sum().backward()
+        optimizer.step()
+        finals.append(layer.B.detach().cpu())
+    assert torch.equal(*finals)
+
+
+def test_strategy_uses_the_gpu():
+    """``Trainer(strategy='lrtt', accelerator='gpu')`` trains on the GPU, bf16-mixed too."""
+    import lightning.pytorch as pl
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    for precision in ("32-true", "bf16-mixed"):
+        model = BoringModel()
+        trainer = pl.Trainer(strategy="lrtt", accelerator="gpu", devices=1, fast_dev_run=3, precision=precision,
+                             enable_progress_bar=False)
+        trainer.strategy.config = LRTTConfig(rank=2, reinit_gain=1.0, fast_device=devices.SoftBounds())
+        trainer.fit(model)
+        (tile,) = find_tiles(model).values()
+        assert tile.counts()["pulses_a"] > 0
