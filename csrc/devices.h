@@ -78,7 +78,7 @@ LRTT_HD Cell draw_pulsed(const DeviceParams& p, const Words& n0) {
     c.s_dn = abs_(c.s_dn);
     const float hi = max_(c.b_max, c.b_min), lo = min_(c.b_max, c.b_min);
     c.b_max = abs_(hi);
-    c.b_min = -abs_(lo);
+    c.b_min = 0.0f - abs_(lo);  // no negative zero: see into_bounds
   } else if (c.b_min > c.b_max) {  // an empty range: the cell is held at its middle
     c.b_max = c.b_max + (c.b_min - c.b_max) * 0.5f;
     c.b_min = c.b_max;
@@ -271,12 +271,22 @@ LRTT_HD Cell draw_cell(const DeviceParams& p, uint64_t key, uint32_t array, uint
   return c;
 }
 
-LRTT_HD float into_bounds(const Cell& c, float w) { return max_(min_(w, c.b_max), c.b_min); }
+// For w and bounds that are no negative zeros: so a GPU's minimum, which orders zeros, agrees with a CPU's, which does not.
+LRTT_HD float clamp(const Cell& c, float w) {
+#ifdef __CUDA_ARCH__
+  return fmaxf(fminf(w, c.b_max), c.b_min);
+#else
+  return max_(min_(w, c.b_max), c.b_min);
+#endif
+}
 
+LRTT_HD float into_bounds(const Cell& c, float w) { return clamp(c, w + 0.0f); }
+
+// `w` is no negative zero, and so neither is what it becomes.
 template <class Device>
 LRTT_HD float pulse(const DeviceParams& p, const Cell& c, float w, bool up, float noise, float& lost) {
   const float moved = w + Device::delta(p, c, w, up, noise);
-  const float kept = into_bounds(c, moved);
+  const float kept = clamp(c, moved);
   lost += abs_(moved - kept);
   return kept;
 }

@@ -100,6 +100,18 @@ struct Words {
   uint32_t w[4];
 };
 
+// The halves of the 64-bit product a b.
+LRTT_HD void product(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+#ifdef __CUDA_ARCH__
+  high = __umulhi(a, b);  // one multiplication gives both; taking them out of a uint64_t costs an addition of zero
+  low = a * b;
+#else
+  const uint64_t p = uint64_t(a) * b;
+  high = uint32_t(p >> 32);
+  low = uint32_t(p);
+#endif
+}
+
 LRTT_HD Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
 #ifdef __CUDACC__
@@ -108,12 +120,13 @@ LRTT_HD Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32
 #pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
-    const uint64_t p0 = uint64_t(0xD2511F53u) * c0;
-    const uint64_t p1 = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0;
-    c1 = uint32_t(p1);
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1;
-    c3 = uint32_t(p0);
+    uint32_t h0, l0, h1, l1;
+    product(0xD2511F53u, c0, h0, l0);
+    product(0xCD9E8D57u, c2, h1, l1);
+    c0 = h1 ^ c1 ^ k0;
+    c1 = l1;
+    c2 = h0 ^ c3 ^ k1;
+    c3 = l0;
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }

@@ -192,7 +192,7 @@ LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, i
   CellLanes c;
   for (int l = 0; l < kLanes; ++l) {
     cell[l] = uint32_t(first + l * stride);
-    if (l < width) w[l] = job.w[first + l * stride];
+    if (l < width) w[l] = job.w[first + l * stride] + 0.0f;  // no negative zero
   }
   for (int l = 0; l < kLanes; ++l) {
     const Cell drawn = draw_cell<Device>(p, key, uint32_t(job.array), cell[l]);

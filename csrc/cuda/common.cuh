@@ -18,6 +18,13 @@ inline void check(cudaError_t status, const char* what) {
 
 inline cudaStream_t native(Stream stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
+inline int processors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+}
+
 // Hands out aligned pieces of the scratch memory; with base 0 it only adds up sizes.
 class Arena {
  public:
@@ -30,6 +37,8 @@ class Arena {
     return piece;
   }
   size_t used() const { return used_ + 256; }
+  // Scratch that `other`, a copy of this arena, has handed out is in use.
+  void reach(const Arena& other) { used_ = used_ > other.used_ ? used_ : other.used_; }
 
  private:
   uintptr_t base_;

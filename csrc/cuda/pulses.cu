@@ -2,67 +2,124 @@
 
 namespace lrtt::cuda {
 
-void reserve(DevicePulse& p, Arena& arena, Arena& streams, bool both) {
-  const int64_t m = p.job.m, n = p.job.n, words = int64_t(p.blocks) * p.block_words;
-  p.along_columns = n >= m;
-  p.fused = !both;
-  p.maxima = arena.take<uint32_t>(p.transfer ? 0 : size_t(p.job.samples) * 2);
-  p.trains = arena.take<Train>(size_t(p.blocks) * kBlockSamples);
-  p.rows = arena.take<int>(p.transfer ? size_t(p.blocks) * kBlockSamples : 0);
-  p.offsets = arena.take<int>(size_t(p.blocks) * (kBlockSamples + 1));
-  p.words = arena.take<int>(size_t(p.blocks));
-  const bool store_x = both || !p.along_columns, store_d = both || p.along_columns;
-  p.x_bits = streams.take<uint32_t>(store_x ? size_t(words * n) : 0);
-  p.x_neg = streams.take<uint32_t>(store_x ? size_t(words * n) : 0);
-  p.d_bits = streams.take<uint32_t>(store_d ? size_t(words * m) : 0);
-  p.d_neg = streams.take<uint32_t>(store_d ? size_t(words * m) : 0);
-}
-
 namespace {
 
 constexpr int kCellBlocks = 2;  // resident on a multiprocessor
 constexpr int kWordThreads = 128;
+// Scratch for the streams of one round.
+constexpr size_t kStreamBytes = size_t(64) << 20;
 
 __host__ __device__ __forceinline__ int64_t groups_of(int64_t elements) { return (elements + 3) / 4; }
 
+// Whether any of the jobs is due; all threads of a block ask together.
+__device__ __forceinline__ bool any_fires(const Predicate& predicate, int count) {
+  bool due = false;
+  for (int i = threadIdx.x; i < count; i += int(blockDim.x)) due |= fires(predicate.jobs[i], predicate.force);
+  return __syncthreads_or(due);
+}
+
 // The trains of one block of samples as a stream sees them.
 struct BlockView {
-  const Train* trains;
+  const Planned* trains;
   const int* rows;  // null: row s is sample s
-  const int* offsets;
   int samples;
   int64_t first_sample;  // random counter of sample 0
   int64_t first_row;     // operand row of sample 0 where rows is null
+  __device__ __forceinline__ int64_t row(int s) const { return rows ? rows[s] : first_row + s; }
 };
 
-// The slots in which elements 4*group .. 4*group+3 of sample s fire, and the signs of the elements.
-__device__ __forceinline__ void fire(const Operand& v, int elements, bool is_x, const BlockView& block, int s, const Train& t,
-                                     int group, uint64_t key, uint32_t step, uint32_t c3, uint32_t (&fired)[4],
-                                     uint32_t (&sign)[4]) {
-  const float scale = is_x ? t.sx : t.sd;
-  const int64_t row = block.rows ? block.rows[s] : block.first_row + s;
-  const int64_t at = row * v.ss + int64_t(4 * group) * v.es;
-  float value[4];
-  load4(v, at, elements - 4 * group, value);
+__device__ __forceinline__ BlockView view(const DevicePulse& p, int block) {
+  const int64_t left = p.job.samples - int64_t(block) * kBlockSamples;
+  return BlockView{p.trains + int64_t(block) * kBlockSamples,
+                   p.transfer ? p.rows + int64_t(block) * kBlockSamples : nullptr,
+                   int(left < kBlockSamples ? left : kBlockSamples), p.job.first_sample + int64_t(block) * kBlockSamples,
+                   int64_t(block) * kBlockSamples};
+}
+
+// How the four elements of a group are read: one vector load a sample, or one by one (any strides, rows by index).
+enum Access { kVectorFloat, kVectorBFloat16, kScattered };
+
+__device__ __forceinline__ Access access(const Operand& v, int elements, const int* rows) {
+  const int size = v.type == kFloat32 ? 4 : 2;
+  const bool whole = rows == nullptr && elements % 4 == 0 && v.es == 1 && v.type != kFloat16 && v.ss % 4 == 0 &&
+                     reinterpret_cast<uintptr_t>(v.p) % (4 * size) == 0;
+  return !whole ? kScattered : v.type == kFloat32 ? kVectorFloat : kVectorBFloat16;
+}
+
+// The operand's four elements of one sample. `read` gives them as they lie in memory, so that a load is not waited for before its
+// use; `decode` makes float bits of them.
+template <Access kind>
+struct Reader {
+  const char* at;  // sample 0
+  int64_t stride;  // bytes from sample to sample
+  __device__ __forceinline__ Reader(const Operand& v, int, int group, const BlockView& block) {
+    constexpr int size = kind == kVectorFloat ? 4 : 2;
+    stride = v.ss * size;
+    at = static_cast<const char*>(v.p) + block.first_row * stride + int64_t(4 * group) * size;
+  }
+  __device__ __forceinline__ uint4 read(int s) const {
+    if (kind == kVectorFloat) return __ldg(reinterpret_cast<const uint4*>(at + s * stride));
+    const uint2 f = __ldg(reinterpret_cast<const uint2*>(at + s * stride));
+    return make_uint4(f.x, f.y, 0u, 0u);
+  }
+  __device__ __forceinline__ static uint4 decode(const uint4& raw) {
+    if (kind == kVectorFloat) return raw;
+    return make_uint4(raw.x << 16, raw.x & 0xffff0000u, raw.y << 16, raw.y & 0xffff0000u);
+  }
+};
+
+template <>
+struct Reader<kScattered> {
+  const Operand& v;
+  int elements, group;
+  const BlockView& block;
+  __device__ __forceinline__ Reader(const Operand& operand, int n, int g, const BlockView& b)
+      : v(operand), elements(n), group(g), block(b) {}
+  __device__ __forceinline__ uint4 read(int s) const {
+    const int64_t row = block.row(s);
+    uint32_t value[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      value[k] = 4 * group + k < elements ? to_bits(load(v, row * v.ss + int64_t(4 * group + k) * v.es)) : 0u;
+    return make_uint4(value[0], value[1], value[2], value[3]);
+  }
+  __device__ __forceinline__ static uint4 decode(const uint4& raw) { return raw; }
+};
+
+// One side of an outer product, and the constants of its random numbers.
+struct Side {
+  bool is_x;
+  uint64_t key;
+  uint32_t step, c3;
+  __device__ __forceinline__ Side(const PulseJob& job, bool x)
+      : is_x(x), key(uint64_t(job.state[kKey])), step(uint32_t(job.state[kStep])),
+        c3(counter3(x ? kBitX : kBitD, uint32_t(job.array), 0)) {}
+};
+
+// The slots in which the four elements of a group fire for one sample.
+__device__ __forceinline__ void fire(const Side& side, const uint4& raw, const Planned& t, int group, uint32_t sample,
+                                     uint32_t (&fired)[4]) {
+  const float scale = side.is_x ? t.sx : t.sd;
+  const uint32_t value[4] = {raw.x, raw.y, raw.z, raw.w};
   Threshold limit[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    limit[k] = threshold(abs_(value[k]) * scale);
-    sign[k] = 0u - (to_bits(value[k]) >> 31);
+    limit[k] = threshold(abs_(from_bits(value[k])) * scale);
     fired[k] = 0;
   }
-  const uint32_t c1 = uint32_t(block.first_sample + s) * 64u;
-  const uint32_t slots = 0xffffffffu >> (32 - t.bl);
+  const uint32_t c1 = sample * 64u, slots = 0xffffffffu >> (32 - t.bl);
   if (t.bl <= kDirectSlots) {
+#pragma unroll 1
     for (int slot = 0; slot < t.bl; ++slot) {
-      const Words r = philox(key, uint32_t(group), c1 + uint32_t(slot), step, c3);
+      const Words r = philox(side.key, uint32_t(group), c1 + uint32_t(slot), side.step, side.c3);
 #pragma unroll
       for (int k = 0; k < 4; ++k) fired[k] |= (r.w[k] < limit[k].bits ? 1u : 0u) << slot;
     }
   } else {
     uint32_t undecided[4] = {slots, slots, slots, slots};
+#pragma unroll 1
     for (uint32_t plane = 0; plane < 32; ++plane) {
-      const Words r = philox(key, uint32_t(group), c1 + plane, step, c3);
+      const Words r = philox(side.key, uint32_t(group), c1 + plane, side.step, side.c3);
       uint32_t open = 0;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -81,7 +138,8 @@ __device__ __forceinline__ int first_reaching(const BlockView& block, int low) {
   int begin = 0;
   for (int end = block.samples; begin < end;) {
     const int middle = (begin + end) / 2;
-    if (block.offsets[middle + 1] > low) {
+    const Planned t = block.trains[middle];
+    if (t.first + t.bl > low) {
       end = middle;
     } else {
       begin = middle + 1;
@@ -90,260 +148,334 @@ __device__ __forceinline__ int first_reaching(const BlockView& block, int low) {
   return begin;
 }
 
-__device__ __forceinline__ BlockView view(const DevicePulse& p, int block) {
-  const int64_t left = p.job.samples - int64_t(block) * kBlockSamples;
-  return BlockView{p.trains + int64_t(block) * kBlockSamples,
-                   p.transfer ? p.rows + int64_t(block) * kBlockSamples : nullptr,
-                   p.offsets + int64_t(block) * (kBlockSamples + 1),
-                   int(left < kBlockSamples ? left : kBlockSamples),
-                   p.job.first_sample + int64_t(block) * kBlockSamples,
-                   int64_t(block) * kBlockSamples};
+constexpr int kParts = 2;                 // threads that share the samples of a word
+constexpr int kWarpGroups = 32 / kParts;  // groups of four elements of a warp's task
+
+__host__ __device__ __forceinline__ int64_t chunks_of(int64_t elements) {
+  return (groups_of(elements) + kWarpGroups - 1) / kWarpGroups;
 }
 
-__device__ __forceinline__ void or_bits(uint32_t* bits, uint32_t* neg, uint32_t fired, uint32_t sign) {
-  if (!fired) return;
-  atomicOr(bits, fired);
-  if (sign) atomicOr(neg, fired);
-}
-
-// An update stores the bits of its shorter side: a task is four elements of one sample, or-ed into words that the planning
-// has cleared.
-__global__ void __launch_bounds__(kWordThreads) make_short_streams(const DevicePulse* table, int count) {
-  const DevicePulse& p = find_job(table, count, int64_t(blockIdx.x), &DevicePulse::first_word_block);
-  const bool is_x = !p.along_columns;
-  const int elements = is_x ? p.job.n : p.job.m, groups = int(groups_of(elements));
-  const int64_t task = (int64_t(blockIdx.x) - p.first_word_block) * kWordThreads + threadIdx.x;
-  const int group = int(task % groups);
-  const int64_t sample = task / groups;
-  if (sample >= p.job.samples) return;
-  const int block = int(sample / kBlockSamples), s = int(sample % kBlockSamples);
-  const BlockView samples = view(p, block);
-  const Train t = samples.trains[s];
-  if (t.bl == 0) return;
-  uint32_t fired[4], sign[4];
-  fire(is_x ? p.job.x : p.job.d, elements, is_x, samples, s, t, group, uint64_t(p.job.state[kKey]),
-       uint32_t(p.job.state[kStep]), counter3(is_x ? kBitX : kBitD, uint32_t(p.job.array), 0), fired, sign);
-  const int shift = samples.offsets[s];
-  const int64_t at = (int64_t(block) * p.block_words + shift / 32) * elements + 4 * group;
-  uint32_t* bits = is_x ? p.x_bits : p.d_bits;
-  uint32_t* neg = is_x ? p.x_neg : p.d_neg;
+__device__ __forceinline__ uint32_t or_parts(uint32_t v) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    if (4 * group + k >= elements) break;
-    const uint64_t f = uint64_t(fired[k]) << (shift & 31);
-    or_bits(bits + at + k, neg + at + k, uint32_t(f), sign[k]);
-    or_bits(bits + at + elements + k, neg + at + elements + k, uint32_t(f >> 32), sign[k]);
-  }
+  for (int lanes = kWarpGroups; lanes < 32; lanes *= 2) v |= __shfl_xor_sync(0xffffffffu, v, lanes);
+  return v;
 }
 
-// A transfer stores both sides: a task is a word of four consecutive elements of one side.
-__global__ void __launch_bounds__(kWordThreads) make_both_streams(const DevicePulse* table, int count, Predicate predicate) {
-  const DevicePulse& p = find_job(table, count, int64_t(blockIdx.x), &DevicePulse::first_word_block);
-  if (!fires(predicate.jobs[&p - table], predicate.force)) return;
-  const int64_t x_groups = groups_of(p.job.n), groups = x_groups + groups_of(p.job.m);
-  const int64_t task = (int64_t(blockIdx.x) - p.first_word_block) * kWordThreads + threadIdx.x;
-  const int64_t slot = task / groups;  // block and word
-  const int block = int(slot / p.block_words), word = int(slot % p.block_words);
-  if (block >= p.blocks || word >= p.words[block]) return;
-  int64_t group = task % groups;
-  const bool is_x = group < x_groups;
-  if (!is_x) group -= x_groups;
-  const int elements = is_x ? p.job.n : p.job.m;
-  const BlockView samples = view(p, block);
-  const uint64_t key = uint64_t(p.job.state[kKey]);
-  const uint32_t step = uint32_t(p.job.state[kStep]), c3 = counter3(is_x ? kBitX : kBitD, uint32_t(p.job.array), 0);
+// Word `word` of a block's stream, for kWarpGroups groups of one side, by a warp: thread (part, group) takes every kParts-th sample.
+template <Access kind>
+__device__ __forceinline__ void make_word(const Operand& v, int elements, const BlockView& samples, const Side& side, int word,
+                                          int chunk, uint32_t* to_bits_, uint32_t* to_neg) {
+  const int lane = int(threadIdx.x % 32), part = lane / kWarpGroups, group = chunk * kWarpGroups + lane % kWarpGroups;
+  const int low = word * 32, last = 4 * group < elements ? samples.samples : 0;
+  const Reader<kind> reader(v, elements, group, samples);
   uint32_t bits[4] = {}, neg[4] = {};
-  for (int s = first_reaching(samples, word * 32); s < samples.samples; ++s) {
-    const int shift = samples.offsets[s] - word * 32;
-    if (shift >= 32) break;
-    const Train t = samples.trains[s];
+  int s = first_reaching(samples, low) + part;
+  Planned next{0, 0.0f, 0.0f, low + 32};
+  uint4 ahead{};
+  if (s < last) {
+    next = samples.trains[s];
+    ahead = reader.read(s);
+  }
+  while (next.first < low + 32) {
+    const Planned t = next;
+    const uint4 raw = ahead;
+    const uint32_t sample = uint32_t(samples.first_sample) + uint32_t(s);
+    s += kParts;
+    next.first = low + 32;
+    if (s < last) {  // under way while this sample is worked on
+      next = samples.trains[s];
+      ahead = reader.read(s);
+    }
     if (t.bl == 0) continue;
-    uint32_t fired[4], sign[4];
-    fire(is_x ? p.job.x : p.job.d, elements, is_x, samples, s, t, int(group), key, step, c3, fired, sign);
+    const uint4 value = Reader<kind>::decode(raw);
+    uint32_t fired[4];
+    fire(side, value, t, group, sample, fired);
+    const int shift = t.first - low;
+    const uint32_t element[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const uint32_t f = shift >= 0 ? fired[k] << shift : fired[k] >> -shift;
       bits[k] |= f;
-      neg[k] |= f & sign[k];
+      neg[k] |= f & (0u - (element[k] >> 31));
     }
   }
-  const int64_t at = (int64_t(block) * p.block_words + word) * elements + 4 * group;
-  uint32_t* to_bits_ = is_x ? p.x_bits : p.d_bits;
-  uint32_t* to_neg = is_x ? p.x_neg : p.d_neg;
+  __syncwarp();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    if (4 * group + k < elements) {
-      to_bits_[at + k] = bits[k];
-      to_neg[at + k] = neg[k];
+    const uint32_t all_bits = or_parts(bits[k]), all_neg = or_parts(neg[k]);
+    const int e = 4 * group + k;
+    if (part == k % kParts && e < elements) {
+      to_bits_[e] = all_bits;
+      to_neg[e] = all_neg;
     }
   }
 }
 
-// A segment of both sides' streams, for the cells of one thread block.
-struct Segment {
-  uint32_t long_bits[kSegmentWords][kLongLanes], long_neg[kSegmentWords][kLongLanes];
-  uint32_t short_bits[kSegmentWords][kShortRows], short_neg[kSegmentWords][kShortRows];
+// A warp's task in a round: the stream row and the groups that its number names.
+__device__ __forceinline__ void make_words(const DevicePulse& p, int64_t task, int round) {
+  const int x_chunks = int(chunks_of(p.job.n)), chunks = x_chunks + int(chunks_of(p.job.m));
+  const int row = int(task / chunks), end = p.begin[round + 1];
+  int chunk = int(task - int64_t(row) * chunks), block = p.begin[round];
+  for (int last = end - 1; block < last;) {  // the last block that begins at or before the row
+    const int middle = (block + last + 1) / 2;
+    if (p.place[middle] <= row) {
+      block = middle;
+    } else {
+      last = middle - 1;
+    }
+  }
+  const int word = row - p.place[block];
+  if (word >= p.words[block]) return;
+  const bool is_x = chunk < x_chunks;
+  if (!is_x) chunk -= x_chunks;
+  const int elements = is_x ? p.job.n : p.job.m;
+  const BlockView samples = view(p, block);
+  const Operand& v = is_x ? p.job.x : p.job.d;
+  const Side side(p.job, is_x);
+  uint32_t* bits = (is_x ? p.x_bits : p.d_bits) + int64_t(row) * elements;
+  uint32_t* neg = (is_x ? p.x_neg : p.d_neg) + int64_t(row) * elements;
+  switch (access(v, elements, samples.rows)) {
+    case kVectorFloat: make_word<kVectorFloat>(v, elements, samples, side, word, chunk, bits, neg); break;
+    case kVectorBFloat16: make_word<kVectorBFloat16>(v, elements, samples, side, word, chunk, bits, neg); break;
+    case kScattered: make_word<kScattered>(v, elements, samples, side, word, chunk, bits, neg); break;
+  }
+}
+
+// Blocks of tasks that a job has in a round; the trains decide how much of the room for its streams is used.
+__device__ __forceinline__ int64_t task_blocks(const DevicePulse& p, int round) {
+  const int begin = p.begin[round], end = p.begin[round + 1];
+  if (begin >= end) return 0;
+  const int64_t tasks = (chunks_of(p.job.n) + chunks_of(p.job.m)) * int64_t(p.place[end - 1] + p.words[end - 1]);
+  return (tasks + kWordThreads / 32 - 1) / (kWordThreads / 32);
+}
+
+// Resident blocks run through the tasks of all jobs: a launch that finds nothing to do must cost next to nothing.
+__global__ void __launch_bounds__(kWordThreads, 6)
+    make_streams(const DevicePulse* table, int count, int round, Predicate predicate) {
+  if (predicate.jobs && !any_fires(predicate, count)) return;
+  int64_t b = blockIdx.x;  // counted from the first task of the present job
+  for (int i = 0; i < count; ++i) {
+    const DevicePulse& p = table[i];
+    if (predicate.jobs && !fires(predicate.jobs[i], predicate.force)) continue;
+    const int64_t blocks = task_blocks(p, round);
+    for (; b < blocks; b += gridDim.x) make_words(p, b * (kWordThreads / 32) + threadIdx.x / 32, round);
+    b -= blocks;
+  }
+}
+
+// What the cells of one thread block read: a segment of both sides' streams (x the bits, y the signs), and the noise levels times
+// sigma.
+struct Shared {
+  uint2 longer[kSegmentWords][kLongLanes];
+  uint2 shorter[kShortRows][kSegmentWords];  // a row's words lie side by side: lanes at different words meet different banks
+  float levels[kNoiseLevels];
 };
 
-// Makes the longer side's words [begin, begin + words) by all threads, a task being four elements of one sample. Bits are
-// or-ed in, so the order of the threads does not matter.
-__device__ __forceinline__ void make_long(const PulseJob& job, const Operand& v, int elements, bool is_x,
-                                          const BlockView& block, int begin, int words, int long0, uint64_t key,
-                                          uint32_t step, Segment& out) {
-  constexpr int groups = kLongLanes / 4;
-  for (int i = threadIdx.x; i < words * kLongLanes; i += kCellThreads) {
-    (&out.long_bits[0][0])[i] = 0;
-    (&out.long_neg[0][0])[i] = 0;
-  }
-  __syncthreads();
-  const int low = begin * 32, high = low + words * 32;
-  const int first = first_reaching(block, low);
-  const uint32_t c3 = counter3(is_x ? kBitX : kBitD, uint32_t(job.array), 0);
-  const int group = threadIdx.x % groups;
-  for (int s = first + int(threadIdx.x) / groups; s < block.samples; s += kCellThreads / groups) {
-    const int shift = block.offsets[s] - low;  // negative where the sample began in the segment before
-    if (shift >= high - low) break;            // offsets ascend
-    const Train t = block.trains[s];
-    if (t.bl == 0) continue;
-    uint32_t fired[4], sign[4];
-    fire(v, elements, is_x, block, s, t, long0 / 4 + group, key, step, c3, fired, sign);
-    const int word = shift >= 0 ? shift / 32 : 0;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint64_t f = shift >= 0 ? uint64_t(fired[k]) << (shift & 31) : uint64_t(fired[k] >> -shift);
-      const int lane = 4 * group + k;
-      or_bits(&out.long_bits[word][lane], &out.long_neg[word][lane], uint32_t(f), sign[k]);
-      if (word + 1 < words)
-        or_bits(&out.long_bits[word + 1][lane], &out.long_neg[word + 1][lane], uint32_t(f >> 32), sign[k]);
-    }
-  }
-}
-
-// Copies `words` rows of `width` stored elements from `first` on, zero beyond `elements`.
-template <int width>
+// Stored words [row0, row0 + words) of `width` elements from `first` on, zero beyond `elements`; signs are turned by `flip`.
+// Word w of element e goes to to[w * by_word + e * by_element].
+template <int width, int by_word, int by_element>
 __device__ __forceinline__ void copy_stored(const uint32_t* bits, const uint32_t* neg, int64_t row0, int words, int elements,
-                                            int first, uint32_t (*to_bits_)[width], uint32_t (*to_neg)[width]) {
-  for (int i = threadIdx.x; i < words * width; i += kCellThreads) {
-    const int word = i / width, lane = i % width;
-    const bool inside = first + lane < elements;
-    const int64_t at = (row0 + word) * elements + first + lane;
-    to_bits_[word][lane] = inside ? bits[at] : 0u;
-    to_neg[word][lane] = inside ? neg[at] : 0u;
-  }
+                                            int first, uint32_t flip, uint2* to) {
+  constexpr int rows = kCellThreads / width;
+  const int lane = int(threadIdx.x) % width, word0 = int(threadIdx.x) / width;
+  const bool inside = first + lane < elements;
+  int64_t at = (row0 + word0) * elements + first + lane;
+#pragma unroll 1
+  for (int word = word0; word < words; word += rows, at += rows * int64_t(elements))
+    to[word * by_word + lane * by_element] = inside ? uint2{bits[at], neg[at] ^ flip} : uint2{0, 0};
 }
 
-template <class Device>
-__device__ void run_cells(const DevicePulse& p, Segment& segment, const float* levels) {
+// All pulses of kCellThreads cells, block of samples by block of samples. `loses`: count what the bounds cut.
+template <class Device, bool loses>
+__device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, int round, Shared& shared) {
   const PulseJob& job = p.job;
-  const DeviceParams& device = job.device;
-  const int longer = p.along_columns ? job.n : job.m, shorter = p.along_columns ? job.m : job.n;
+  const DeviceParams device = job.device;
+  const bool along_columns = p.along_columns;
+  const int longer = along_columns ? job.n : job.m, shorter = along_columns ? job.m : job.n;
   const int long_blocks = (longer + kLongLanes - 1) / kLongLanes;
-  const int tile_block = int(int64_t(blockIdx.x) - p.first_cell_block);
   const int long0 = tile_block % long_blocks * kLongLanes, short0 = tile_block / long_blocks * kShortRows;
   const int mine = int(threadIdx.x % kLongLanes), row = int(threadIdx.x / kLongLanes);
   const bool live = long0 + mine < longer && short0 + row < shorter;
   const uint64_t key = uint64_t(job.state[kKey]);
   const uint32_t step = uint32_t(job.state[kStep]), c3 = counter3(kNoise, uint32_t(job.array), 0);
+  const bool noisy = device.dw_min_std > 0.0f;
   const uint32_t flip = (p.transfer ? p.eta_sign : *job.eta) < 0.0f ? 0xffffffffu : 0u;
-  const float sigma = device.dw_min_std;
 
-  const uint32_t index = p.along_columns ? uint32_t(short0 + row) * uint32_t(job.n) + uint32_t(long0 + mine)
-                                         : uint32_t(long0 + mine) * uint32_t(job.n) + uint32_t(short0 + row);
-  Cell cell{};
-  float w = 0.0f;
+  const uint32_t index = along_columns ? uint32_t(short0 + row) * uint32_t(job.n) + uint32_t(long0 + mine)
+                                       : uint32_t(long0 + mine) * uint32_t(job.n) + uint32_t(short0 + row);
+  float w = live ? job.w[index] + 0.0f : 0.0f;
   uint32_t pulses = 0;
   int64_t lost = 0;
-  if (live) {
-    cell = draw_cell<Device>(device, key, uint32_t(job.array), index);
-    w = job.w[index];
-  }
-  for (int block = 0; block < p.blocks; ++block) {
+  Cell cell{};
+  if (live) cell = draw_cell<Device>(device, key, uint32_t(job.array), index);
+  const int last = p.begin[round + 1];
+  for (int block = p.begin[round]; block < last; ++block) {
     const int words = p.words[block];
-    const int64_t base = int64_t(block) * p.block_words;
     float cut = 0.0f;  // rounded once a block, as on the CPU
     for (int begin = 0; begin < words; begin += kSegmentWords) {
-      const int many = words - begin < kSegmentWords ? words - begin : kSegmentWords;
+      const int many = min(words - begin, kSegmentWords);
       __syncthreads();  // the segment before is done with
-      copy_stored<kShortRows>(p.along_columns ? p.d_bits : p.x_bits, p.along_columns ? p.d_neg : p.x_neg, base + begin, many,
-                              shorter, short0, segment.short_bits, segment.short_neg);
-      if (p.fused) {
-        make_long(job, p.along_columns ? job.x : job.d, longer, p.along_columns, view(p, block), begin, many, long0, key, step,
-                  segment);
-      } else {
-        copy_stored<kLongLanes>(p.along_columns ? p.x_bits : p.d_bits, p.along_columns ? p.x_neg : p.d_neg, base + begin,
-                                many, longer, long0, segment.long_bits, segment.long_neg);
-      }
+      const int64_t row0 = p.place[block] + begin;
+      copy_stored<kShortRows, 1, kSegmentWords>(along_columns ? p.d_bits : p.x_bits, along_columns ? p.d_neg : p.x_neg, row0, many,
+                                                shorter, short0, flip, &shared.shorter[0][0]);
+      copy_stored<kLongLanes, kLongLanes, 1>(along_columns ? p.x_bits : p.d_bits, along_columns ? p.x_neg : p.d_neg, row0, many,
+                                             longer, long0, 0, &shared.longer[0][0]);
       __syncthreads();
       const uint32_t c1 = segment_counter(job.first_sample + int64_t(block) * kBlockSamples, begin);
       // A lane walks its own words: only the number of pulses, not where they lie, makes lanes wait for each other.
-      Words random{};
+      const uint2 *s = shared.shorter[row], *l = &shared.longer[0][mine];
+      const uint2* const end = live ? s + many : s;
       uint32_t m = 0, up = 0;
-      int word = live ? 0 : many;
-      for (uint32_t n = 0;; ++n) {
-        while (m == 0 && word < many) {
-          m = segment.short_bits[word][row] & segment.long_bits[word][mine];
-          if (m != 0) up = segment.short_neg[word][row] ^ segment.long_neg[word][mine] ^ flip;
-          ++word;
+      const auto fetch = [&] {
+        while (m == 0 && s < end) {
+          m = s->x & l->x;
+          up = s->y ^ l->y;
+          ++s;
+          l += kLongLanes;
         }
+      };
+      for (uint32_t eight = 0;; ++eight) {
+        fetch();
         if (m == 0) break;
-        const uint32_t rest = m & (m - 1);
-        float xi = 0.0f;
-        if (sigma > 0.0f) {
-          if ((n & 7) == 0) random = philox(key, index, c1 + n / 8, step, c3);
-          const uint32_t low = (n & 2) ? random.w[1] : random.w[0], high = (n & 2) ? random.w[3] : random.w[2];
-          xi = sigma * noise(levels, noise_bits((n & 4) ? high : low, n));
+        Words random{};
+        if (noisy) random = philox(key, index, c1 + eight, step, c3);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+          if (k > 0) fetch();
+          const uint32_t rest = m & (m - 1);
+          const float xi = noise(shared.levels, noise_bits(random.w[k / 2], uint32_t(k)));
+          float over = 0.0f;
+          const float next = pulse<Device>(device, cell, w, (up & (m ^ rest)) != 0, xi, over);
+          if (m != 0) {
+            w = next;
+            if (loses) cut += over;
+            ++pulses;
+          }
+          m = rest;
         }
-        w = pulse<Device>(device, cell, w, (up & (m ^ rest)) != 0, xi, cut);
-        m = rest;
-        ++pulses;
       }
     }
-    lost += int64_t(double(cut) * kFixedPoint + 0.5);
+    if (loses) lost += int64_t(double(cut) * kFixedPoint + 0.5);
   }
   if (live) job.w[index] = w;
-  const int64_t all_pulses = warp_sum(int64_t(pulses)), all_lost = warp_sum(lost);
-  if (threadIdx.x % 32 == 0) {
-    if (all_pulses) add(job.counts + k_pulses_a + job.array, all_pulses);
-    if (all_lost && job.array == kC) add(job.counts + k_lost, all_lost);
+  const int64_t all_pulses = warp_sum(int64_t(pulses));
+  if (threadIdx.x % 32 == 0 && all_pulses) add(job.counts + k_pulses_a + job.array, all_pulses);
+  if (loses) {
+    const int64_t all_lost = warp_sum(lost);
+    if (threadIdx.x % 32 == 0 && all_lost) add(job.counts + k_lost, all_lost);
   }
 }
 
-__global__ void __launch_bounds__(kCellThreads, kCellBlocks)
-    apply_pulses(const DevicePulse* table, int count, Predicate predicate) {
-  __shared__ Segment segment;
-  __shared__ float levels[kNoiseLevels];
-  const DevicePulse& p = find_job(table, count, int64_t(blockIdx.x), &DevicePulse::first_cell_block);
-  if (predicate.jobs && !fires(predicate.jobs[&p - table], predicate.force)) return;
-  if (p.job.device.dw_min_std > 0.0f) {
-    for (int i = threadIdx.x; i < kNoiseLevels; i += kCellThreads) levels[i] = noise_level(uint32_t(i));
-    __syncthreads();
+// One kernel a device model, so that each has the registers it needs. Resident blocks run through the cells of all jobs.
+template <class Device, bool loses>
+__global__ void __launch_bounds__(kCellThreads, kCellBlocks) apply_pulses(const DevicePulse* table, int count, int64_t blocks,
+                                                                         int round, const float* levels, Predicate predicate) {
+  __shared__ Shared shared;
+  if (predicate.jobs && !any_fires(predicate, count)) return;
+  float sigma = -1.0f;
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    const DevicePulse& p = find_job(table, count, block, &DevicePulse::first_cell_block);
+    if (p.begin[round] >= p.begin[round + 1]) continue;
+    if (predicate.jobs && !fires(predicate.jobs[&p - table], predicate.force)) continue;
+    if (sigma != p.job.device.dw_min_std) {
+      sigma = p.job.device.dw_min_std;
+      __syncthreads();  // the cells before are done with the old ones
+      for (int i = threadIdx.x; i < kNoiseLevels; i += kCellThreads) shared.levels[i] = sigma * levels[i];
+    }
+    run_cells<Device, loses>(p, int(block - p.first_cell_block), round, shared);
   }
-  with_device(int(p.job.device.kind), [&](auto device) { run_cells<decltype(device)>(p, segment, levels); });
 }
 
-}  // namespace
-
-int64_t word_blocks(const DevicePulse& p) {
-  if (p.fused) return blocks_of(groups_of(p.along_columns ? p.job.m : p.job.n) * p.job.samples, kWordThreads);
-  return blocks_of((groups_of(p.job.n) + groups_of(p.job.m)) * p.blocks * p.block_words, kWordThreads);
-}
+bool same_kernel(const PulseJob& a, const PulseJob& b) { return !kernel_order(a, b) && !kernel_order(b, a); }
 
 int64_t cell_blocks(const DevicePulse& p) {
   const int longer = p.along_columns ? p.job.n : p.job.m, shorter = p.along_columns ? p.job.m : p.job.n;
   return blocks_of(longer, kLongLanes) * blocks_of(shorter, kShortRows);
 }
 
-void launch_streams_and_cells(const DevicePulse* table, int count, int64_t word_grid, int64_t cell_grid,
-                              Predicate predicate, cudaStream_t stream) {
-  if (count == 0) return;
-  if (word_grid > 0x7fffffff || cell_grid > 0x7fffffff)
-    throw std::runtime_error("lightning_lrtt: a pulsed update must fit 2^31 thread blocks; split the batch");
-  if (predicate.jobs) {
-    make_both_streams<<<unsigned(word_grid), kWordThreads, 0, stream>>>(table, count, predicate);
-  } else {
-    make_short_streams<<<unsigned(word_grid), kWordThreads, 0, stream>>>(table, count);
+// Rounds until the largest job of jobs[first .. last - 1] is through, each with `each` blocks of samples of every job.
+PulseSet place_streams(std::vector<DevicePulse>& jobs, int first, int last, size_t bytes, Arena& streams) {
+  const int64_t fit = int64_t(kStreamBytes / bytes), each = fit > 1 ? fit : 1;
+  PulseSet set{first, last - first, 1, 0};
+  for (int i = first; i < last; ++i) {
+    DevicePulse& p = jobs[size_t(i)];
+    const int64_t together = each < p.blocks ? each : p.blocks;
+    p.capacity = int(together) * p.block_words;
+    const int rounds = int(blocks_of(p.blocks, together));
+    set.rounds = rounds > set.rounds ? rounds : set.rounds;
+    p.x_bits = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.n));
+    p.x_neg = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.n));
+    p.d_bits = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.m));
+    p.d_neg = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.m));
+    set.word_blocks += blocks_of((chunks_of(p.job.n) + chunks_of(p.job.m)) * p.capacity, kWordThreads / 32);
+    const bool follows = i > first && same_kernel(jobs[size_t(i) - 1].job, p.job);  // blocks of one kernel are numbered through
+    p.first_cell_block = follows ? jobs[size_t(i) - 1].first_cell_block + cell_blocks(jobs[size_t(i) - 1]) : 0;
   }
-  apply_pulses<<<unsigned(cell_grid), kCellThreads, 0, stream>>>(table, count, predicate);
+  return set;
+}
+
+}  // namespace
+
+bool kernel_order(const PulseJob& a, const PulseJob& b) {
+  return a.device.kind != b.device.kind ? a.device.kind < b.device.kind : (a.array == kC) < (b.array == kC);
+}
+
+std::vector<PulseSet> arrange(std::vector<DevicePulse>& jobs, Arena& arena) {
+  for (DevicePulse& p : jobs) {
+    const size_t samples = size_t(p.blocks) * kBlockSamples;
+    p.along_columns = p.job.n >= p.job.m;
+    p.maxima = arena.take<uint32_t>(p.transfer ? 0 : size_t(p.job.samples) * 2);
+    p.trains = arena.take<Planned>(samples);
+    p.rows = p.transfer ? arena.take<int>(samples) : nullptr;
+    p.words = arena.take<int>(size_t(p.blocks));
+    p.place = arena.take<int>(size_t(p.blocks));
+    p.begin = arena.take<int>(size_t(p.blocks) + 2);  // a round beyond the last block is empty too
+  }
+  std::vector<PulseSet> sets;
+  Arena most = arena;  // the sets use one region of streams in turn
+  for (int first = 0, last = 0; first < int(jobs.size()); first = last) {
+    size_t bytes = 0;
+    while (last < int(jobs.size())) {
+      const DevicePulse& p = jobs[size_t(last)];
+      const size_t mine = size_t(p.block_words) * 8 * size_t(p.job.m + p.job.n);
+      if (last > first && bytes + mine > kStreamBytes) break;
+      bytes += mine;
+      ++last;
+    }
+    Arena streams = arena;
+    sets.push_back(place_streams(jobs, first, last, bytes, streams));
+    most.reach(streams);
+  }
+  arena.reach(most);
+  return sets;
+}
+
+void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table, const std::vector<PulseSet>& sets,
+                  const float* levels, Predicate predicate, cudaStream_t stream) {
+  const int64_t most_words = int64_t(2048 / kWordThreads) * processors(), most_cells = int64_t(kCellBlocks) * processors();
+  for (const PulseSet& set : sets) {
+    const auto from = [&](int first) { return Predicate{predicate.jobs ? predicate.jobs + first : nullptr, predicate.force}; };
+    for (int round = 0; round < set.rounds; ++round) {
+      make_streams<<<unsigned(set.word_blocks < most_words ? set.word_blocks : most_words), kWordThreads, 0, stream>>>(
+          table + set.first, set.count, round, from(set.first));
+      for (int first = set.first, last = first; first < set.first + set.count; first = last) {
+        while (last < set.first + set.count && same_kernel(jobs[size_t(first)].job, jobs[size_t(last)].job)) ++last;
+        const DevicePulse& end = jobs[size_t(last) - 1];
+        const int64_t blocks = end.first_cell_block + cell_blocks(end);
+        const unsigned grid = unsigned(blocks < most_cells ? blocks : most_cells);
+        with_device(int(end.job.device.kind), [&](auto device) {
+          using Device = decltype(device);
+          if (end.job.array == kC) {  // only C's loss is counted
+            apply_pulses<Device, true>
+                <<<grid, kCellThreads, 0, stream>>>(table + first, last - first, blocks, round, levels, from(first));
+          } else {
+            apply_pulses<Device, false>
+                <<<grid, kCellThreads, 0, stream>>>(table + first, last - first, blocks, round, levels, from(first));
+          }
+        });
+      }
+    }
+  }
   check(cudaGetLastError(), "pulse kernels");
 }
 

@@ -1,5 +1,7 @@
 // The three stages of a pulsed update on the device, shared by updates (update.cu) and transfers (transfer.cu):
-// trains -> streams of bits -> pulses on cells. The bits of the longer side of an update never leave the cell kernel.
+// trains -> streams of bits -> pulses on cells. Streams are stored for as many blocks of samples as their share of the scratch
+// memory holds; the last two stages run in rounds until all blocks are done. How many blocks a round takes is decided on the device
+// from the trains, so that short trains need one round and the others return at once.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -12,38 +14,81 @@ constexpr int kCellThreads = 512;
 constexpr int kLongLanes = 32;                          // cells of a warp lie along the longer side
 constexpr int kShortRows = kCellThreads / kLongLanes;   // one warp per index of the shorter side
 
-// A PulseJob and its scratch. Streams are [block][word][element].
+// The train of one sample and its first slot in the block's stream: one 16-byte load.
+struct alignas(16) Planned {
+  int bl;
+  float sx, sd;
+  int first;
+};
+
+// A PulseJob and its scratch. Streams are [stream row][element]; a row is a word of slots.
 struct DevicePulse {
   PulseJob job;
   int blocks;                 // of kBlockSamples samples
-  int block_words;            // room for one block's stream
+  int block_words;            // most words of one block
+  int capacity;               // stream rows of one round, a multiple of block_words
   int transfer;               // 1: samples are words of terms (rows), guarded by the transfer predicate
   int along_columns;          // the longer side
-  int fused;                  // 1: the long side's bits are made in the cell kernel, not stored
   float eta_sign;             // transfer only; an update reads *eta
-  uint32_t* maxima;           // [samples][2]
-  Train* trains;              // [blocks][kBlockSamples]
+  uint32_t* maxima;           // [samples][2], update only
+  Planned* trains;            // [blocks][kBlockSamples]
   int* rows;                  // [blocks][kBlockSamples], transfer only
-  int* offsets;               // [blocks][kBlockSamples + 1]
   int* words;                 // [blocks]
+  int* place;                 // [blocks], first stream row of a block in its round
+  int* begin;                 // [blocks + 1], round r takes blocks begin[r] .. begin[r + 1] - 1
   uint32_t *x_bits, *x_neg, *d_bits, *d_neg;
-  int64_t first_sample_warp, first_plan_block, first_word_block, first_cell_block;
+  int64_t first_sample_warp, first_plan_block, first_cell_block;
 };
 
-// Scratch of one job: plans from `arena`, stored bits from `streams`; `both` stores both sides.
-void reserve(DevicePulse& p, Arena& arena, Arena& streams, bool both);
+// Jobs whose streams lie in scratch memory together: jobs first .. first + count - 1 of a table.
+struct PulseSet {
+  int first, count, rounds;
+  int64_t word_blocks;
+};
 
-// Work for the stream and the cell kernels, in units of their blocks.
-int64_t word_blocks(const DevicePulse& p);
-int64_t cell_blocks(const DevicePulse& p);
+// The order in which jobs must lie in a table: those that one cell kernel serves stand together.
+bool kernel_order(const PulseJob& a, const PulseJob& b);
 
-// The last two stages for a stored table. `fires` is null for updates.
+// Gives the jobs their scratch memory and says which are run together, set after set.
+std::vector<PulseSet> arrange(std::vector<DevicePulse>& jobs, Arena& arena);
+
+// For transfers: whether a job's tile is due. `jobs` is null for updates.
 struct Predicate {
   const TransferJob* jobs;  // one per pulse job
   int force;
 };
-void launch_streams_and_cells(const DevicePulse* table, int count, int64_t word_grid, int64_t cell_grid,
-                              Predicate predicate, cudaStream_t stream);
+
+// The last two stages. `jobs` is the host's copy of `table`; `levels` are the kNoiseLevels noise levels.
+void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table, const std::vector<PulseSet>& sets,
+                  const float* levels, Predicate predicate, cudaStream_t stream);
+
+// Packs blocks of samples into rounds, by a warp; words[] is complete.
+__device__ __forceinline__ void place_blocks(const DevicePulse& p) {
+  const int lane = int(threadIdx.x % 32);
+  int round = 0, used = 0;
+  if (lane == 0) p.begin[0] = 0;
+  for (int first = 0; first < p.blocks; first += 32) {
+    const int mine = first + lane < p.blocks ? p.words[first + lane] : 0;
+    int place = 0;
+    for (int i = 0; i < 32 && first + i < p.blocks; ++i) {
+      const int words = __shfl_sync(0xffffffffu, mine, i);
+      if (used + words > p.capacity) {
+        used = 0;
+        ++round;
+        if (lane == 0) p.begin[round] = first + i;
+      }
+      if (lane == i) place = used;
+      used += words;
+    }
+    if (first + lane < p.blocks) p.place[first + lane] = place;
+  }
+  for (int r = round + 1 + lane; r <= p.blocks; r += 32) p.begin[r] = p.blocks;
+}
+
+// Fills the noise table, by any number of threads.
+__device__ __forceinline__ void fill_levels(float* levels, int thread, int threads) {
+  for (int i = thread; i < kNoiseLevels; i += threads) levels[i] = noise_level(uint32_t(i));
+}
 
 __device__ __forceinline__ bool fires(const TransferJob& job, int force) {
   return force || job.state[kCounter] + job.increment >= int64_t(job.tile.transfer_every);
@@ -79,8 +124,8 @@ __device__ __forceinline__ void load4(const Operand& v, int64_t at, int left, fl
   for (int k = 0; k < 4; ++k) value[k] = k < left ? load(v, at + k * v.es) : 0.0f;
 }
 
-// Offsets of a block's trains, by all kBlockSamples threads; returns the number of words.
-__device__ __forceinline__ int scan_trains(int bl, int* offsets) {
+// The first slots of a block's trains, by all kBlockSamples threads; returns the number of words.
+__device__ __forceinline__ int scan_trains(int bl, int& first) {
   __shared__ int sums[kBlockSamples / 32];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   int running = bl;
@@ -95,8 +140,7 @@ __device__ __forceinline__ int scan_trains(int bl, int* offsets) {
     before += w < warp ? sums[w] : 0;
     total += sums[w];
   }
-  offsets[threadIdx.x] = before + running - bl;
-  if (threadIdx.x == kBlockSamples - 1) offsets[kBlockSamples] = total;
+  first = before + running - bl;
   __syncthreads();  // sums may be reused
   return (total + 31) / 32;
 }

@@ -1,5 +1,7 @@
 // Transfer of A*B into C, reinit of A and B, and the counters. Every kernel returns at once on a tile that is not due: the
 // decision is read from the tile's counter on the device.
+#include <algorithm>
+
 #include "pulses.cuh"
 
 namespace lrtt::cuda {
@@ -7,8 +9,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kItems = 4;
-// Stored bits of the tiles that are launched together; more tiles take more launches.
-constexpr size_t kStreamBytes = size_t(256) << 20;
 
 struct Term {
   Train train;
@@ -80,14 +80,15 @@ __device__ void plan_term(const TransferJob& job, int q, bool residual, Term& te
 }
 
 __global__ void __launch_bounds__(kBlockSamples) plan_transfer(const DeviceTransfer* table, const DevicePulse* pulses,
-                                                               int force) {
+                                                               float* levels, int force) {
+  if (blockIdx.x == 0) fill_levels(levels, int(threadIdx.x), kBlockSamples);
   const DeviceTransfer& t = table[blockIdx.x];
   if (t.pulse < 0 || !fires(t.job, force)) return;
   const DevicePulse& p = pulses[t.pulse];
   const bool residual = keeps_residual(t.job, force);
   for (int q = int(threadIdx.x / 32); q < t.job.r; q += kBlockSamples / 32) plan_term(t.job, q, residual, t.terms[q]);
   for (int s = int(threadIdx.x); s < p.blocks * kBlockSamples; s += kBlockSamples) {
-    p.trains[s] = Train{0, 0.0f, 0.0f};
+    p.trains[s] = Planned{0, 0.0f, 0.0f, 0};
     p.rows[s] = 0;
   }
   __syncthreads();
@@ -102,16 +103,20 @@ __global__ void __launch_bounds__(kBlockSamples) plan_transfer(const DeviceTrans
   for (int q = int(threadIdx.x); q < t.job.r; q += kBlockSamples) {
     const Term& term = t.terms[q];
     for (int word = term.first_word; word < term.first_word + term.words; ++word) {
-      p.trains[word] = term.train;
+      p.trains[word] = Planned{term.train.bl, term.train.sx, term.train.sd, 0};
       p.rows[word] = q;
     }
   }
   __syncthreads();
   for (int block = 0; block < p.blocks; ++block) {
-    const int bl = p.trains[block * kBlockSamples + threadIdx.x].bl;
-    const int words = scan_trains(bl, p.offsets + int64_t(block) * (kBlockSamples + 1));
+    Planned& t = p.trains[block * kBlockSamples + threadIdx.x];
+    int first;
+    const int words = scan_trains(t.bl, first);
+    t.first = first;
     if (threadIdx.x == 0) p.words[block] = words;
   }
+  __syncthreads();
+  if (threadIdx.x < 32) place_blocks(p);
 }
 
 // ------------------------------------------------------------------ digital
@@ -138,13 +143,20 @@ __device__ void add_product(const TransferJob& job, int64_t cell) {
   c[cell] = w;
 }
 
-__global__ void __launch_bounds__(kThreads) transfer_digital(const DeviceTransfer* table, int count, int force) {
-  const DeviceTransfer& t = find_job(table, count, int64_t(blockIdx.x), &DeviceTransfer::first_cell_block);
-  if (t.pulse >= 0 || !fires(t.job, force)) return;
-  const int64_t first = (int64_t(blockIdx.x) - t.first_cell_block) * kThreads * kItems + threadIdx.x;
-  for (int i = 0; i < kItems; ++i) {
-    const int64_t cell = first + int64_t(i) * kThreads;
-    if (cell < int64_t(t.job.d) * t.job.k) t.job.is_double ? add_product<double>(t.job, cell) : add_product<float>(t.job, cell);
+// Resident blocks run through the cells of all tiles: a launch that finds no tile due must cost next to nothing.
+__global__ void __launch_bounds__(kThreads) transfer_digital(const DeviceTransfer* table, int count, int64_t blocks, int force) {
+  bool due = false;
+  for (int i = threadIdx.x; i < count; i += kThreads) due |= table[i].pulse < 0 && fires(table[i].job, force);
+  if (!__syncthreads_or(due)) return;
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    const DeviceTransfer& t = find_job(table, count, block, &DeviceTransfer::first_cell_block);
+    if (t.pulse >= 0 || !fires(t.job, force)) continue;
+    const int64_t first = (block - t.first_cell_block) * kThreads * kItems + threadIdx.x;
+    for (int i = 0; i < kItems; ++i) {
+      const int64_t cell = first + int64_t(i) * kThreads;
+      if (cell < int64_t(t.job.d) * t.job.k)
+        t.job.is_double ? add_product<double>(t.job, cell) : add_product<float>(t.job, cell);
+    }
   }
 }
 
@@ -242,14 +254,11 @@ struct Layout {
   DeviceTransfer* table;
   DevicePulse* pulse_table;
   TransferJob* pulse_jobs;
+  float* levels;
   std::vector<DeviceTransfer> tiles;
   std::vector<DevicePulse> pulses;
   std::vector<TransferJob> pulsed;
-  struct Group {
-    int first, count;
-    int64_t words, cells;
-  };
-  std::vector<Group> groups;
+  std::vector<PulseSet> sets;
   int64_t cells = 0, reinits = 0;
   bool digital = false, orthogonal = false;
   size_t bytes;
@@ -259,6 +268,8 @@ struct Layout {
     table = arena.take<DeviceTransfer>(list.size());
     pulse_table = arena.take<DevicePulse>(list.size());
     pulse_jobs = arena.take<TransferJob>(list.size());
+    levels = arena.take<float>(kNoiseLevels);
+    std::vector<size_t> order;  // tiles of pulsed transfers
     for (const TransferJob& job : list) {
       DeviceTransfer t{};
       t.job = job;
@@ -272,40 +283,20 @@ struct Layout {
         digital = true;
         cells += blocks_of(int64_t(job.d) * job.k, kThreads * kItems);
       } else {
-        t.pulse = int64_t(pulses.size());
         t.terms = arena.take<Term>(size_t(job.r));
-        pulses.push_back(pulse_of(job));
-        pulsed.push_back(job);
+        order.push_back(tiles.size());
       }
       tiles.push_back(t);
     }
-    // Plans of all tiles, then one region of bits that the groups use in turn.
-    size_t start = 0;
-    for (int pass = 0; pass < 2; ++pass) {
-      Arena plans = arena;
-      groups.clear();
-      size_t most = 0, group_bytes = 0;
-      for (size_t i = 0; i < pulses.size(); ++i) {
-        DevicePulse& p = pulses[i];
-        const size_t mine = size_t(p.blocks) * p.block_words * 8 * size_t(p.job.m + p.job.n) + 1024;
-        if (groups.empty() || group_bytes + mine > kStreamBytes) {
-          groups.push_back({int(i), 0, 0, 0});
-          group_bytes = 0;
-        }
-        Arena bits(reinterpret_cast<char*>(workspace) + start + group_bytes);
-        reserve(p, plans, bits, true);
-        group_bytes += (bits.used() + 255) & ~size_t(255);
-        most = group_bytes > most ? group_bytes : most;
-        Group& g = groups.back();
-        p.first_word_block = g.words;
-        p.first_cell_block = g.cells;
-        g.words += word_blocks(p);
-        g.cells += cell_blocks(p);
-        g.count += 1;
-      }
-      start = (plans.used() + 255) & ~size_t(255);
-      bytes = start + most;
+    std::stable_sort(order.begin(), order.end(),
+                     [&](size_t a, size_t b) { return kernel_order(pulse_of(list[a]).job, pulse_of(list[b]).job); });
+    for (size_t i : order) {
+      tiles[i].pulse = int64_t(pulses.size());
+      pulses.push_back(pulse_of(list[i]));
+      pulsed.push_back(list[i]);
     }
+    sets = arrange(pulses, arena);
+    bytes = arena.used();
   }
 
   static DevicePulse pulse_of(const TransferJob& job) {
@@ -347,14 +338,15 @@ void transfer(const std::vector<TransferJob>& list, bool forced, void* workspace
   if (!layout.pulses.empty()) {
     store_table(layout.pulses, layout.pulse_table, stream);
     store_table(layout.pulsed, layout.pulse_jobs, stream);
-    plan_transfer<<<unsigned(count), kBlockSamples, 0, stream>>>(layout.table, layout.pulse_table, force);
+    plan_transfer<<<unsigned(count), kBlockSamples, 0, stream>>>(layout.table, layout.pulse_table, layout.levels, force);
     check(cudaGetLastError(), "transfer planning");
-    for (const Layout::Group& g : layout.groups)
-      launch_streams_and_cells(layout.pulse_table + g.first, g.count, g.words, g.cells,
-                               Predicate{layout.pulse_jobs + g.first, force}, stream);
+    apply_trains(layout.pulses, layout.pulse_table, layout.sets, layout.levels, Predicate{layout.pulse_jobs, force}, stream);
   }
-  if (layout.digital)
-    transfer_digital<<<unsigned(layout.cells), kThreads, 0, stream>>>(layout.table, count, force);
+  if (layout.digital) {
+    const int64_t most = int64_t(2048 / kThreads) * processors();
+    transfer_digital<<<unsigned(layout.cells < most ? layout.cells : most), kThreads, 0, stream>>>(layout.table, count,
+                                                                                                layout.cells, force);
+  }
   launch_reinit(layout, force, 0, stream);
   advance<<<unsigned(blocks_of(count, kThreads)), kThreads, 0, stream>>>(layout.table, count, force);
   check(cudaGetLastError(), "transfer");

@@ -1,4 +1,6 @@
 // Updates of A and B: pulsed, digital, and the pulse learning rate.
+#include <algorithm>
+
 #include "pulses.cuh"
 
 namespace lrtt::cuda {
@@ -6,7 +8,22 @@ namespace {
 
 constexpr int kMaximaWarps = 8;
 
+// Eight bfloat16 at a time: the magnitudes of the halves of a word are ordered as 16-bit integers.
+__device__ __forceinline__ uint32_t largest_bfloat16(const uint4* row, int vectors, int lane) {
+  uint32_t top = 0;
+#pragma unroll 4
+  for (int i = lane; i < vectors; i += 32) {
+    const uint4 v = row[i];
+    constexpr uint32_t magnitude = 0x7fff7fffu;
+    top = __vmaxu2(top, __vmaxu2(__vmaxu2(v.x & magnitude, v.y & magnitude), __vmaxu2(v.z & magnitude, v.w & magnitude)));
+  }
+  return max(top << 16, top & 0xffff0000u);
+}
+
 __device__ __forceinline__ uint32_t largest(const Operand& v, int64_t at, int elements, int lane) {
+  const uint16_t* row = static_cast<const uint16_t*>(v.p) + at;
+  if (v.type == kBFloat16 && v.es == 1 && elements % 8 == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0)
+    return largest_bfloat16(reinterpret_cast<const uint4*>(row), elements / 8, lane);
   uint32_t top = 0;
 #pragma unroll 4
   for (int e = 4 * lane; e < elements; e += 128) {
@@ -35,7 +52,8 @@ __global__ void __launch_bounds__(32 * kMaximaWarps) sample_maxima(const DeviceP
 }
 
 // Trains and offsets, one thread block per block of samples.
-__global__ void __launch_bounds__(kBlockSamples) plan_trains(const DevicePulse* table, int count) {
+__global__ void __launch_bounds__(kBlockSamples) plan_trains(const DevicePulse* table, int count, float* levels) {
+  fill_levels(levels, int(blockIdx.x * kBlockSamples + threadIdx.x), int(gridDim.x * kBlockSamples));
   const DevicePulse& p = find_job(table, count, int64_t(blockIdx.x), &DevicePulse::first_plan_block);
   const int block = int(int64_t(blockIdx.x) - p.first_plan_block);
   const int64_t s = int64_t(block) * kBlockSamples + threadIdx.x;
@@ -43,13 +61,9 @@ __global__ void __launch_bounds__(kBlockSamples) plan_trains(const DevicePulse* 
   bool finite = true;
   if (s < p.job.samples)
     train = plan_train(*p.job.eta, p.maxima[2 * s], p.maxima[2 * s + 1], p.job.device.granularity, p.job.pulse, finite);
-  p.trains[s] = train;
-  const int words = scan_trains(train.bl, p.offsets + int64_t(block) * (kBlockSamples + 1));
-  const int shorter = p.along_columns ? p.job.m : p.job.n;
-  const int64_t at = int64_t(block) * p.block_words * shorter;
-  uint32_t* bits = (p.along_columns ? p.d_bits : p.x_bits) + at;
-  uint32_t* neg = (p.along_columns ? p.d_neg : p.x_neg) + at;
-  for (int i = threadIdx.x; i < words * shorter; i += kBlockSamples) bits[i] = neg[i] = 0;
+  int first;
+  const int words = scan_trains(train.bl, first);
+  p.trains[s] = Planned{train.bl, train.sx, train.sd, first};
   const int bad = __syncthreads_count(!finite);
   if (threadIdx.x == 0) {
     p.words[block] = words;
@@ -57,32 +71,34 @@ __global__ void __launch_bounds__(kBlockSamples) plan_trains(const DevicePulse* 
   }
 }
 
+__global__ void __launch_bounds__(32) pack_rounds(const DevicePulse* table) { place_blocks(table[blockIdx.x]); }
+
 struct Layout {
   DevicePulse* table;
+  float* levels;
   std::vector<DevicePulse> jobs;
-  int64_t warps = 0, plans = 0, words = 0, cells = 0;
+  std::vector<PulseSet> sets;
+  int64_t warps = 0, plans = 0;
   size_t bytes;
 
-  Layout(const std::vector<PulseJob>& list, void* workspace) {
+  Layout(std::vector<PulseJob> list, void* workspace) {
+    std::stable_sort(list.begin(), list.end(), kernel_order);
     Arena arena(workspace);
     table = arena.take<DevicePulse>(list.size());
+    levels = arena.take<float>(kNoiseLevels);
     for (const PulseJob& job : list) {
       if (job.samples == 0) continue;
       DevicePulse p{};
       p.job = job;
       p.blocks = int(blocks_of(job.samples, kBlockSamples));
       p.block_words = kBlockSamples / 32 * job.pulse.desired_bl;
-      reserve(p, arena, arena, false);
       p.first_sample_warp = warps;
       p.first_plan_block = plans;
-      p.first_word_block = words;
-      p.first_cell_block = cells;
       warps += job.samples;
       plans += p.blocks;
-      words += word_blocks(p);
-      cells += cell_blocks(p);
       jobs.push_back(p);
     }
+    sets = arrange(jobs, arena);
     bytes = arena.used();
   }
 };
@@ -99,9 +115,10 @@ void pulsed_update(const std::vector<PulseJob>& list, void* workspace, Stream ha
   store_table(layout.jobs, layout.table, stream);
   sample_maxima<<<unsigned(blocks_of(layout.warps, kMaximaWarps)), 32 * kMaximaWarps, 0, stream>>>(layout.table, count,
                                                                                                  layout.warps);
-  plan_trains<<<unsigned(layout.plans), kBlockSamples, 0, stream>>>(layout.table, count);
+  plan_trains<<<unsigned(layout.plans), kBlockSamples, 0, stream>>>(layout.table, count, layout.levels);
+  pack_rounds<<<unsigned(count), 32, 0, stream>>>(layout.table);
   check(cudaGetLastError(), "pulse planning");
-  launch_streams_and_cells(layout.table, count, layout.words, layout.cells, Predicate{nullptr, 0}, stream);
+  apply_trains(layout.jobs, layout.table, layout.sets, layout.levels, Predicate{nullptr, 0}, stream);
 }
 
 // ------------------------------------------------------------------ digital
@@ -164,6 +181,7 @@ __global__ void __launch_bounds__(kScaleLanes) scale_rates(const DeviceScale* ta
   const cpu::ScaleJob& job = table[blockIdx.x].job;
   const int lane = int(threadIdx.x);
   double c = 0.0, s = 0.0;
+#pragma unroll 8  // eight loads under way while the sums follow in order
   for (int64_t e = lane; e < job.size; e += kScaleLanes) {
     const double f = job.first[e];
     c += double(job.grad[e]) * f;
