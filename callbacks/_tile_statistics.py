@@ -32,7 +32,7 @@ def at_bounds(tile: TileModule) -> dict[str, Tensor]:
     out = {}
     for name, number, w, device in (("A", A, a, fast), ("B", B, b, fast), ("C", C, tile.matrix, visible)):
         if device is not None:
-            count = torch.ops.lrtt.clip_(w, tile.tile_state, tile.hyper, number, False)
+            count = torch.ops.lrtt.clip_(w, tile.tile_state, tile.hyper, number, False, tile.cells(number))
             out[name] = count.double() / w.numel()
     return out
 

@@ -21,7 +21,7 @@ T* pointer(const py::handle& h) {
 }
 
 // (w, m, n, x, x_stride_sample, x_stride_element, x_type, d, d_stride_sample, d_stride_element, d_type, samples,
-//  first_sample, eta, state, counts, hyper, array)
+//  first_sample, eta, state, counts, hyper, array, cells)
 PulseJob pulse_job(const py::tuple& t) {
   PulseJob j{};
   j.w = pointer<float>(t[0]);
@@ -39,6 +39,7 @@ PulseJob pulse_job(const py::tuple& t) {
   const TileParams tile = tile_params(hyper);
   j.pulse = PulseParams{int(tile.desired_bl), int(tile.update_management), int(tile.update_bl_management)};
   j.device = device_params(hyper, j.array == kC);
+  j.cells = pointer<float>(t[18]);
   if (int(j.device.kind) == kIdealFloat)
     throw py::value_error("lrtt::pulsed_update_: array " + std::to_string(j.array) +
                           " must have a device to take pulses; give the config a " +
@@ -46,7 +47,7 @@ PulseJob pulse_job(const py::tuple& t) {
   return j;
 }
 
-// (a, b, c, d, k, r, is_double, increment, state, counts, hyper)
+// (a, b, c, d, k, r, is_double, increment, state, counts, hyper, cells_a, cells_b, cells_c)
 TransferJob transfer_job(const py::tuple& t) {
   TransferJob j{};
   j.a = pointer<void>(t[0]);
@@ -63,6 +64,9 @@ TransferJob transfer_job(const py::tuple& t) {
   j.tile = tile_params(hyper);
   j.fast = device_params(hyper, false);
   j.visible = device_params(hyper, true);
+  j.cells_a = pointer<float>(t[11]);
+  j.cells_b = pointer<float>(t[12]);
+  j.cells_c = pointer<float>(t[13]);
   return j;
 }
 
@@ -79,16 +83,16 @@ cpu::ScaleJob scale_job(const py::tuple& t) {
           t[3].cast<int64_t>(), t[4].cast<double>(),        pointer<const double>(t[5])};
 }
 
-// (state, hyper, array, m, n)
+// (state, hyper, array, m, n, w, cells)
 cpu::CellsJob cells_job(const py::tuple& t) {
   const int array = t[2].cast<int>();
-  return {pointer<const int64_t>(t[0]), device_params(pointer<const double>(t[1]), array == kC), array,
-          t[3].cast<int>(), t[4].cast<int>()};
+  return {pointer<const int64_t>(t[0]), device_params(pointer<const double>(t[1]), (array & ~int(kMinus)) == kC), array,
+          t[3].cast<int>(), t[4].cast<int>(), pointer<float>(t[5]), pointer<float>(t[6])};
 }
 
-// (w, state, hyper, array, m, n)
-cpu::RelaxJob relax_job(const py::tuple& t) {
-  return {cells_job(py::tuple(t[py::slice(1, 6, 1)])), pointer<float>(t[0])};
+// (first, last, share, number)
+cpu::ResetRange reset_range(const py::tuple& t) {
+  return {t[0].cast<int>(), t[1].cast<int>(), t[2].cast<float>(), t[3].cast<uint32_t>()};
 }
 
 template <class Job>
@@ -195,13 +199,16 @@ PYBIND11_MODULE(_C, m) {
     launch(jobs, scale_job, [&](auto& j) { cpu::pulse_scale(j, threads); });
   });
   m.def("relax_cpu", [](const py::list& jobs, uintptr_t, int threads) {
-    launch(jobs, relax_job, [&](auto& j) { cpu::relax(j, threads); });
+    launch(jobs, cells_job, [&](auto& j) { cpu::relax(j, threads); });
   });
   m.def("draw_cells_cpu", [](const py::tuple& job, uintptr_t out, int threads) {
     cpu::draw_cells(cells_job(job), reinterpret_cast<float*>(out), threads);
   });
-  m.def("clip_cpu", [](const py::tuple& job, uintptr_t w, bool write, uintptr_t at_bound, int threads) {
-    cpu::clip(cells_job(job), reinterpret_cast<float*>(w), write, reinterpret_cast<int64_t*>(at_bound), threads);
+  m.def("clip_cpu", [](const py::tuple& job, bool write, uintptr_t at_bound, int threads) {
+    cpu::clip(cells_job(job), write, reinterpret_cast<int64_t*>(at_bound), threads);
+  });
+  m.def("reset_cells_cpu", [](const py::tuple& job, const py::tuple& range, int threads) {
+    cpu::reset(cells_job(job), reset_range(range), threads);
   });
 
 #ifdef LRTT_WITH_CUDA
@@ -225,15 +232,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("pulse_scale_cuda", [=](const py::list& jobs, uintptr_t workspace, uintptr_t stream) {
     launch(jobs, scale_job, [&](auto& j) { cuda::pulse_scale(j, scratch(workspace), scratch(stream)); });
   });
-  m.def("relax_cuda_bytes", [](const py::list& jobs) { return cuda::workspace_bytes(all(jobs, relax_job)); });
+  m.def("relax_cuda_bytes", [](const py::list& jobs) { return cuda::workspace_bytes(all(jobs, cells_job)); });
   m.def("relax_cuda", [=](const py::list& jobs, uintptr_t workspace, uintptr_t stream) {
-    launch(jobs, relax_job, [&](auto& j) { cuda::relax(j, scratch(workspace), scratch(stream)); });
+    launch(jobs, cells_job, [&](auto& j) { cuda::relax(j, scratch(workspace), scratch(stream)); });
   });
   m.def("draw_cells_cuda", [=](const py::tuple& job, uintptr_t out, uintptr_t stream) {
     cuda::draw_cells(cells_job(job), reinterpret_cast<float*>(out), scratch(stream));
   });
-  m.def("clip_cuda", [=](const py::tuple& job, uintptr_t w, bool write, uintptr_t at_bound, uintptr_t stream) {
-    cuda::clip(cells_job(job), reinterpret_cast<float*>(w), write, reinterpret_cast<int64_t*>(at_bound), scratch(stream));
+  m.def("clip_cuda", [=](const py::tuple& job, bool write, uintptr_t at_bound, uintptr_t stream) {
+    cuda::clip(cells_job(job), write, reinterpret_cast<int64_t*>(at_bound), scratch(stream));
+  });
+  m.def("reset_cells_cuda", [=](const py::tuple& job, const py::tuple& range, uintptr_t stream) {
+    cuda::reset(cells_job(job), reset_range(range), scratch(stream));
   });
 #endif
 

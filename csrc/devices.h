@@ -23,7 +23,9 @@ namespace lrtt {
   F(allow_increasing_slope) F(slope_up_dtod) F(slope_down_dtod) F(reference_mean)                   \
   F(reference_std) F(subtract_symmetry_point) F(A_up) F(A_down) F(a) F(b) F(pow_gamma)               \
   F(pow_gamma_dtod) F(pow_up_down) F(pow_up_down_dtod) F(lifetime) F(lifetime_dtod)           \
-  F(reset) F(reset_dtod) F(diffusion) F(diffusion_dtod) F(sections) LRTT_NODES(F, piecewise_up)     \
+  F(reset) F(reset_dtod) F(reset_std) F(diffusion) F(diffusion_dtod) F(write_noise_std)               \
+  F(apply_write_noise_on_set) F(pair) F(refresh_every) F(refresh_upper_thres) F(refresh_lower_thres) \
+  F(refresh_max_pulses) F(sections) LRTT_NODES(F, piecewise_up)                                      \
   LRTT_NODES(F, piecewise_down)
 
 struct DeviceParams {
@@ -43,6 +45,12 @@ enum DeviceKind : int {
   kPowStepReference = 7,
   kPiecewiseStep = 8,
 };
+
+// What a cell holds beside the weight that is read. kNoisy: its persistent weight. kPair: two conductances, planes 0 and 1,
+// whose difference is read; the second cell is drawn as one of array + kMinus.
+enum Hold : int { kPlain = 0, kNoisy = 1, kPair = 2 };
+
+LRTT_HD int hold(const DeviceParams& p) { return p.pair != 0.0f ? kPair : p.write_noise_std > 0.0f ? kNoisy : kPlain; }
 
 // One device, drawn. Extra numbers of a model go into e0, e1, e2.
 struct Cell {
@@ -304,11 +312,145 @@ LRTT_HD float relax(const DeviceParams& p, const Cell& c, const CellId& id, floa
   if (p.diffusion > 0.0f) {
     const float rate = abs_(p.diffusion * fma_(p.diffusion_dtod, normal(n3.w[2]), 1.0f));
     const Words r = philox(id.key, id.cell / 4, 0, step, counter3(kDiffusion, id.array, 0));
-    const uint32_t k = id.cell & 3u;
-    const uint32_t word = k == 0 ? r.w[0] : k == 1 ? r.w[1] : k == 2 ? r.w[2] : r.w[3];
-    w = into_bounds(c, fma_(rate, normal(word), w));
+    w = into_bounds(c, fma_(rate, normal(word_of(r, id.cell)), w));
   }
   return w;
+}
+
+// ------------------------------------------------------------------ writing a cell otherwise than by an update's pulses
+
+// What writes a cell, part of the key of its write noise.
+enum WriteEvent : uint32_t { kByPulses = 0, kByRelax = 1, kByReinit = 2, kBySet = 3, kByTransfer = 4, kByReset = 5 };
+
+// What a read shows of a cell that holds w, from the write named by (event, c1, c2) until the next.
+LRTT_HD float shown(const DeviceParams& p, const CellId& id, float w, WriteEvent event, uint32_t c1, uint32_t c2) {
+  const Words r = philox(id.key, id.cell / 4, c1, c2, counter3(kWriteNoise, id.array, event));
+  return fma_(p.write_noise_std * p.dw_min, normal(word_of(r, id.cell)), w);
+}
+
+// An array in memory: w[size] is what is read, cells[planes, size] what the cells hold (null where that is w).
+struct Held {
+  float *w, *cells;
+  int64_t size;
+};
+
+LRTT_HD CellId minus_of(const CellId& id) { return CellId{id.key, id.array + kMinus, id.cell}; }
+
+template <class Device>
+LRTT_HD Cell draw_cell(const DeviceParams& p, const CellId& id) {
+  return draw_cell<Device>(p, id.key, id.array, id.cell);
+}
+
+// Programs the cell to `target`, as well as its bounds allow.
+template <class Device>
+LRTT_HD void set_cell(const DeviceParams& p, const CellId& id, const Held& h, float target, WriteEvent event, uint32_t c2) {
+  const int64_t i = id.cell;
+  const Cell c = draw_cell<Device>(p, id);
+  if (hold(p) == kPair) {
+    const Cell m = draw_cell<Device>(p, minus_of(id));
+    h.cells[i] = into_bounds(c, max_(target, 0.0f));
+    h.cells[h.size + i] = into_bounds(m, max_(-target, 0.0f));
+    h.w[i] = h.cells[i] - h.cells[h.size + i];
+  } else {
+    const float kept = into_bounds(c, target);
+    h.w[i] = kept;
+    if (h.cells != nullptr) {
+      h.cells[i] = kept;
+      if (p.apply_write_noise_on_set != 0.0f) h.w[i] = shown(p, id, kept, event, 0, c2);
+    }
+  }
+}
+
+// Whether the cell stands at a bound; `target`: whether it would if w were written.
+template <class Device>
+LRTT_HD bool at_bound(const DeviceParams& p, const CellId& id, const Held& h, bool target) {
+  const int64_t i = id.cell;
+  const Cell c = draw_cell<Device>(p, id);
+  if (hold(p) == kPair) {
+    const Cell m = draw_cell<Device>(p, minus_of(id));
+    const float plus = target ? max_(h.w[i], 0.0f) : h.cells[i];
+    const float minus = target ? max_(-h.w[i], 0.0f) : h.cells[h.size + i];
+    return plus >= c.b_max || minus >= m.b_max;
+  }
+  const float w = target || h.cells == nullptr ? h.w[i] : h.cells[i];
+  return w >= c.b_max || w <= c.b_min;
+}
+
+// The weight after a reset: the cell's reset value with cycle-to-cycle noise.
+LRTT_HD float reset_value(const DeviceParams& p, const Cell& c, const CellId& id, uint32_t word) {
+  const float target = fma_(p.reset_dtod, normal(id.words(3).w[1]), p.reset);
+  return into_bounds(c, fma_(p.reset_std, normal(word), target));
+}
+
+// Resets the cell with probability `share`, each cell of a pair on its own.
+template <class Device>
+LRTT_HD void reset_cell(const DeviceParams& p, const CellId& id, const Held& h, float share, uint32_t number, uint32_t step) {
+  const int64_t i = id.cell;
+  const Words r = philox(id.key, id.cell, number, step, counter3(kReset, id.array, 0));
+  const bool hit = uniform(r.w[1]) < share;
+  if (hold(p) == kPair) {
+    const CellId other = minus_of(id);
+    const Words s = philox(id.key, id.cell, number, step, counter3(kReset, other.array, 0));
+    if (hit) h.cells[i] = reset_value(p, draw_cell<Device>(p, id), id, r.w[0]);
+    if (uniform(s.w[1]) < share) h.cells[h.size + i] = reset_value(p, draw_cell<Device>(p, other), other, s.w[0]);
+    h.w[i] = h.cells[i] - h.cells[h.size + i];
+  } else if (hit) {
+    const float w = reset_value(p, draw_cell<Device>(p, id), id, r.w[0]);
+    h.w[i] = w;
+    if (h.cells != nullptr) {
+      h.cells[i] = w;
+      h.w[i] = shown(p, id, w, kByReset, number, step);
+    }
+  }
+}
+
+// Refresh of a pair that has come near its upper bounds: both cells are reset, and the one that was larger takes up pulses,
+// each verified, until the difference is back (or refresh_max_pulses were spent).
+template <class Device>
+LRTT_HD void refresh_cell(const DeviceParams& p, const CellId& id, const Cell& c, const Cell& m, float& plus, float& minus,
+                          uint32_t step) {
+  if (!(max_(plus, minus) > p.refresh_upper_thres * p.w_max && min_(plus, minus) > p.refresh_lower_thres * p.w_max)) return;
+  const bool on_plus = plus > minus;
+  const float want = abs_(plus - minus);
+  const CellId other = minus_of(id), written = on_plus ? id : other;
+  const uint32_t c3 = counter3(kReset, written.array, 1);
+  plus = reset_value(p, c, id, philox(id.key, id.cell, 0, step, counter3(kReset, id.array, 1)).w[0]);
+  minus = reset_value(p, m, other, philox(id.key, id.cell, 0, step, counter3(kReset, other.array, 1)).w[0]);
+  const Cell& cell = on_plus ? c : m;
+  float g = on_plus ? plus : minus;
+  const float goal = want + (on_plus ? minus : plus);
+  Words r{};
+  float lost = 0.0f;
+  for (uint32_t n = 0; g < goal && float(n) < p.refresh_max_pulses; ++n) {
+    if ((n & 7u) == 0) r = philox(id.key, id.cell, 1 + n / 8, step, c3);
+    const uint32_t bits = noise_bits(word_of(r, n / 2), n);
+    const float level = noise_level(bits & (kNoiseLevels - 1));
+    g = pulse<Device>(p, cell, g, true, p.dw_min_std * from_bits(to_bits(level) ^ ((bits & 0x8000u) << 16)), lost);
+  }
+  plus = on_plus ? g : plus;
+  minus = on_plus ? minus : g;
+}
+
+// Decay and diffusion of what the cell holds, and the refresh of a pair, once per optimizer step.
+template <class Device>
+LRTT_HD void relax_cell(const DeviceParams& p, const CellId& id, const Held& h, uint32_t step) {
+  const int64_t i = id.cell;
+  const Cell c = draw_cell<Device>(p, id);
+  if (hold(p) == kPair) {
+    const CellId other = minus_of(id);
+    const Cell m = draw_cell<Device>(p, other);
+    float plus = relax(p, c, id, h.cells[i], step), minus = relax(p, m, other, h.cells[h.size + i], step);
+    if (p.refresh_every > 0.0f && (step + 1u) % uint32_t(p.refresh_every) == 0)
+      refresh_cell<Device>(p, id, c, m, plus, minus, step);
+    h.cells[i] = plus;
+    h.cells[h.size + i] = minus;
+    h.w[i] = plus - minus;
+  } else if (h.cells != nullptr) {
+    h.cells[i] = relax(p, c, id, h.cells[i], step);
+    h.w[i] = shown(p, id, h.cells[i], kByRelax, 0, step);
+  } else {
+    h.w[i] = relax(p, c, id, h.w[i], step);
+  }
 }
 
 }  // namespace lrtt

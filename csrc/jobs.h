@@ -91,7 +91,7 @@ struct Operand {
 
 // w[m, n] (row-major) takes `samples` rank-1 updates w -= eta_s d_s x_s^T as pulses.
 struct PulseJob {
-  float* w;
+  float *w, *cells;  // cells: see Held, null for kPlain
   int m, n;
   Operand x, d;  // x has n elements a sample, d has m
   int64_t samples, first_sample;
@@ -106,6 +106,7 @@ struct PulseJob {
 // Everything about one tile that the transfer needs. T is float or double.
 struct TransferJob {
   void *a, *b, *c;  // [d, r], [r, k], [d, k]
+  float *cells_a, *cells_b, *cells_c;  // see Held
   int d, k, r;
   int is_double;
   int64_t increment;  // samples of this step

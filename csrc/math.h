@@ -15,11 +15,15 @@
 //   kBitX, kBitD       element / 4           sample * 64 + bit plane   step    purpose|array|piece
 //   kNoise             cell                  segment * 256 + pulse / 8 step    purpose|array|0
 //   kDiffusion         cell / 4              0                         step    purpose|array|0
+//   kWriteNoise        cell / 4              block of samples, 0       step    purpose|array|event
+//   kReset             cell                  number of the reset       step    purpose|array|0
+//   kReset             cell                  0, then 1 + pulse / 8     step    purpose|array|1 (refresh)
 //
 // `cell` = row * columns + column of the array; `element` indexes one side of an outer product; word
 // k of the four belongs to element 4*(element/4)+k, and likewise to a cell; of kNoise, its halves (low first) to pulses 2k and 2k+1
 // of a group of eight. `step` counts optimizer steps, `cycle` reinits; `segment` is a piece of the pulse stream (jobs.h) and `pulse`
-// counts the pulses of that cell in it; `piece` is the 32-slot piece of one sample's train.
+// counts the pulses of that cell in it; `piece` is the 32-slot piece of one sample's train. `event` is a WriteEvent
+// (devices.h); that of a reinit has the cycle instead of the step. The second cell of a pair belongs to array + kMinus.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +37,10 @@
 
 namespace lrtt {
 
-enum Array : uint32_t { kA = 0, kB = 1, kC = 2 };
-enum Purpose : uint32_t { kDraw = 1, kReinit = 2, kBitX = 3, kBitD = 4, kNoise = 5, kDiffusion = 6 };
+enum Array : uint32_t { kA = 0, kB = 1, kC = 2, kMinus = 4 };
+enum Purpose : uint32_t {
+  kDraw = 1, kReinit = 2, kBitX = 3, kBitD = 4, kNoise = 5, kDiffusion = 6, kWriteNoise = 7, kReset = 8
+};
 
 LRTT_HD uint32_t counter3(Purpose purpose, uint32_t array, uint32_t piece) {
   return (uint32_t(purpose) << 24) | (array << 16) | piece;
@@ -131,6 +137,12 @@ LRTT_HD Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32
     k1 += 0xBB67AE85u;
   }
   return Words{{c0, c1, c2, c3}};
+}
+
+// The word of element or cell `e` among the four of its group.
+LRTT_HD uint32_t word_of(const Words& r, uint32_t e) {
+  const uint32_t k = e & 3u;
+  return k == 0 ? r.w[0] : k == 1 ? r.w[1] : k == 2 ? r.w[2] : r.w[3];
 }
 
 // ------------------------------------------------------------------ elementary functions without libm

@@ -214,6 +214,7 @@ class LRTT(Optimizer):
             [tile.A.detach() for tile in modules], [tile.B.detach() for tile in modules], [tile.matrix for tile in modules],
             [tile.tile_state for tile in modules], [tile.tile_counts for tile in modules], [tile.hyper for tile in modules],
             [tile.latch.samples if tile.config.transfer_unit == "samples" else 1 for tile in modules], False,
+            [cells for tile in modules for cells in tile.cells(A, B, C)],
         )
         self._notify("after_transfer", modules)
 
@@ -230,7 +231,7 @@ class LRTT(Optimizer):
         chunks = [_factor_jobs(tile, array, eta[2 * i + array]) for i, (tile, _) in enumerate(members) for array in (A, B)]
         # Chunks of one array follow each other; only the round that runs is unfolded.
         while jobs := [job for job in (next(chunk, None) for chunk in chunks) if job is not None]:
-            ops.pulsed_update_(*(list(column) for column in zip(*jobs, strict=True)))
+            _call(ops.pulsed_update_, jobs)
 
     def _device_lr(self, index: int, device: torch.device) -> Tensor:
         """The tile lr of a group as a float64 scalar on the device; refreshed, never replaced."""
@@ -309,9 +310,15 @@ def _relax(modules: list[TileModule]) -> None:
         fast, visible = tile.config.fast_device, tile.config.visible_device
         arrays = [(A, tile.A.detach()), (B, tile.B.detach())] if fast is not None and fast.relaxes else []
         arrays += [(C, tile.matrix)] if visible is not None and visible.relaxes else []
-        jobs += [(w, tile.tile_state, tile.hyper, array) for array, w in arrays]
+        jobs += [(w, tile.tile_state, tile.hyper, array, tile.cells(array)) for array, w in arrays]
     if jobs:
-        torch.ops.lrtt.relax_(*(list(column) for column in zip(*jobs, strict=True)))
+        _call(torch.ops.lrtt.relax_, jobs)
+
+
+def _call(op: Callable[..., None], jobs: list[tuple[Any, ...]]) -> None:
+    """An operator on jobs whose last entry lists what the cells of their array hold."""
+    *columns, cells = zip(*jobs, strict=True)
+    op(*(list(column) for column in columns), [held for own in cells for held in own])
 
 
 def _has_update(tile: TileModule) -> bool:
@@ -326,10 +333,10 @@ def _factor_jobs(tile: TileModule, array: int, eta: Tensor) -> Iterator[tuple[An
     for call in tile.latch.merged():
         if array == A:
             x, d = tile.samples(call.xb), tile.samples(call.d)
-            yield (tile.A.detach(), x, d, eta, tile.tile_state, tile.tile_counts, tile.hyper, A, first)
+            yield (tile.A.detach(), x, d, eta, tile.tile_state, tile.tile_counts, tile.hyper, A, first, tile.cells(A))
         else:
             d = tile.samples(call.da)
             for offset, x in tile.patches(call.x):
                 yield (tile.B.detach(), x, d[offset : offset + x.shape[0]], eta, tile.tile_state, tile.tile_counts, tile.hyper,
-                       B, first + offset)
+                       B, first + offset, tile.cells(B))
         first += -(-d.shape[0] // BLOCK_SAMPLES) * BLOCK_SAMPLES

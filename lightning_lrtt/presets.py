@@ -10,9 +10,12 @@ from typing import Any
 
 from lightning_lrtt import _check
 from lightning_lrtt.config import LRTTConfig
-from lightning_lrtt.devices import ConstantStep, Device, Ideal, LinearStep
+from lightning_lrtt.devices import ConstantStep, Device, ExpStep, Ideal, LinearStep, SoftBoundsReference
 
-__all__ = ["DEVICES", "capacitor", "device", "ecram", "ecram_mo", "gokmen_vlasov", "ideal", "idealized"]
+__all__ = [
+    "DEVICES", "capacitor", "device", "ecram", "ecram_mo", "gokmen_vlasov", "ideal", "idealized", "reram_array_hfo2",
+    "reram_array_om", "reram_es", "reram_sb",
+]
 
 DEVICES: dict[str, Device] = {
     # Li et al. 2018, capacitor-based cross-point array
@@ -35,6 +38,24 @@ DEVICES: dict[str, Device] = {
     "gokmen_vlasov": ConstantStep(
         dw_min=0.0016, dw_min_dtod=0.3, dw_min_std=0.3, up_down_dtod=0.01, w_max=1.0, w_min=-1.0, w_max_dtod=0.3, w_min_dtod=0.3),
     "ideal": Ideal(),
+    # Gong et al. 2018, ReRAM, with its exponential saturation
+    "reram_es": ExpStep(
+        dw_min=0.00135, up_down=0.259359, w_max=1.0, w_min=-1.0, a=-0.5, b=-0.5, gamma_up=5.0, gamma_down=5.0, A_up=-1.18445,
+        A_down=-0.081404, dw_min_dtod=0.2, up_down_dtod=0.05, w_max_dtod=0.3, w_min_dtod=0.3, dw_min_std=5.0,
+        write_noise_std=75.0),
+    # Gong et al. 2018, ReRAM, a looser fit of soft bounds around the symmetry point
+    "reram_sb": SoftBoundsReference(
+        dw_min=0.002, up_down=0.0, w_max=1.25, w_min=-0.75, mult_noise=False, dw_min_dtod=0.3, up_down_dtod=0.01,
+        w_max_dtod=0.3 / 1.25, w_min_dtod=0.3 / 0.75, dw_min_std=3.75, write_noise_std=56.0),
+    # Gong et al. 2022, ReRAM arrays: optimised material, and HfO2
+    "reram_array_om": SoftBoundsReference(
+        dw_min=0.0949, dw_min_dtod_log_normal=True, up_down=0.0, w_max=1.0, w_min=-1.0, mult_noise=False, dw_min_dtod=0.7829,
+        up_down_dtod=0.01, w_max_dtod=0.3499, w_min_dtod=0.5695, dw_min_std=0.4158, write_noise_std=1.4113,
+        corrupt_devices_range=0.01, subtract_symmetry_point=True, reference_std=0.05),
+    "reram_array_hfo2": SoftBoundsReference(
+        dw_min=0.4622, dw_min_dtod_log_normal=True, up_down=0.0, w_max=1.0, w_min=-1.0, mult_noise=False, dw_min_dtod=0.7125,
+        up_down_dtod=0.01, w_max_dtod=0.4295, w_min_dtod=0.599, dw_min_std=0.2174, write_noise_std=0.5841,
+        corrupt_devices_range=0.01, subtract_symmetry_point=True, reference_std=0.05),
 }
 
 
@@ -92,3 +113,23 @@ def gokmen_vlasov(**options: Any) -> LRTTConfig:
 def ideal(**options: Any) -> LRTTConfig:
     """A, B and C on exact ConstantStep cells. ``options`` go to `LRTTConfig`."""
     return _config("ideal", options)
+
+
+def reram_es(**options: Any) -> LRTTConfig:
+    """A, B and C on ReRAM with exponential saturation and write noise. ``options`` go to `LRTTConfig`."""
+    return _config("reram_es", options)
+
+
+def reram_sb(**options: Any) -> LRTTConfig:
+    """A, B and C on ReRAM as soft bounds with write noise. ``options`` go to `LRTTConfig`."""
+    return _config("reram_sb", options)
+
+
+def reram_array_om(**options: Any) -> LRTTConfig:
+    """A, B and C on a ReRAM array of optimised material. ``options`` go to `LRTTConfig`."""
+    return _config("reram_array_om", options)
+
+
+def reram_array_hfo2(**options: Any) -> LRTTConfig:
+    """A, B and C on a ReRAM array of HfO2. ``options`` go to `LRTTConfig`."""
+    return _config("reram_array_hfo2", options)

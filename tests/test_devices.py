@@ -477,7 +477,7 @@ def test_worked_example_is_the_code():
     page = (root / "docs" / "adding_a_device.md").read_text()
     names = [
         "csrc/devices.h",
-        "lightning_lrtt/devices.py",
+        "lightning_lrtt/devices/pow_step.py",
         "lightning_lrtt/ops/reference_devices.py",
         "tests/test_devices.py",
         "tests/helpers.py",

@@ -44,17 +44,23 @@ struct CellsJob {
   const int64_t* state;
   DeviceParams device;
   int array, m, n;
+  float *w, *cells;  // Held; both null where nothing is touched
+  LRTT_HD Held held() const { return Held{w, cells, int64_t(m) * n}; }
+  LRTT_HD CellId id(int64_t i) const { return CellId{uint64_t(state[kKey]), uint32_t(array), uint32_t(i)}; }
 };
 void draw_cells(const CellsJob& job, float* out, int threads);
-// Clips w to its cells' bounds in place; returns through *at_bound how many cells stood at a bound before.
-void clip(const CellsJob& job, float* w, bool write, int64_t* at_bound, int threads);
-
-// Decay and diffusion of w, one optimizer step.
-struct RelaxJob {
-  CellsJob cells;
-  float* w;
+// Counts in *at_bound the cells at a bound; `write`: programs the cells to w, and counts what of w is at or beyond a bound.
+void clip(const CellsJob& job, bool write, int64_t* at_bound, int threads);
+// Resets cells in columns [first, last) with probability `share`; `number` tells the resets of a step apart.
+struct ResetRange {
+  int first, last;
+  float share;
+  uint32_t number;
 };
-void relax(const std::vector<RelaxJob>& jobs, int threads);
+void reset(const CellsJob& job, const ResetRange& range, int threads);
+
+// Decay, diffusion and refresh, one optimizer step.
+void relax(const std::vector<CellsJob>& jobs, int threads);
 
 const char* instruction_set();
 

@@ -137,9 +137,9 @@ struct NoiseTable {
 const NoiseTable noise_table;
 
 // Everything after the bits: lanes of one `other` index.
-template <class Device>
-LRTT_HD void step_lanes(const DeviceParams& p, const CellLanes& c, const Directions& queue, const uint32_t* cell,
-                        uint64_t key, uint32_t c1, uint32_t step, uint32_t c3, float* w, float* cut) {
+template <class Device, int how, int planes>
+LRTT_HD void step_lanes(const DeviceParams& p, const CellLanes (&c)[planes], const Directions& queue, const uint32_t* cell,
+                        uint64_t key, uint32_t c1, uint32_t step, uint32_t c3, float (&w)[planes][kLanes], float* cut) {
   const bool noisy = p.dw_min_std > 0.0f;
   uint32_t most = 0;
   for (int l = 0; l < kLanes; ++l) most = queue.count[l] > most ? queue.count[l] : most;
@@ -161,17 +161,20 @@ LRTT_HD void step_lanes(const DeviceParams& p, const CellLanes& c, const Directi
     const uint32_t* up = queue.up[n / 32];
     for (int l = 0; l < kLanes; ++l) {
       const float shake = p.dw_min_std * xi[n & 7][l];
-      const Cell one_cell{c.b_max[l], c.b_min[l], c.s_up[l], c.s_dn[l], c.e0[l], c.e1[l], c.e2[l]};
+      const bool upwards = ((up[l] >> (n & 31)) & 1u) != 0;
+      const int plane = how == kPair && !upwards ? planes - 1 : 0;  // of a pair, the cell that takes the pulse, upwards
+      const CellLanes& k = c[plane];
+      const Cell one_cell{k.b_max[l], k.b_min[l], k.s_up[l], k.s_dn[l], k.e0[l], k.e1[l], k.e2[l]};
       float over = 0.0f;
-      const float next = pulse<Device>(p, one_cell, w[l], ((up[l] >> (n & 31)) & 1u) != 0, shake, over);
+      const float next = pulse<Device>(p, one_cell, w[plane][l], how == kPair || upwards, shake, over);
       const bool active = n < queue.count[l];
-      w[l] = active ? next : w[l];
+      w[plane][l] = active ? next : w[plane][l];
       cut[l] += active ? over : 0.0f;
     }
   }
 }
 
-template <class Device>
+template <class Device, int how>
 LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, int64_t other, const Stream& x,
                     const Stream& d, int64_t* lost) {
   const bool along_columns = job.n >= job.m;
@@ -187,22 +190,25 @@ LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, i
   const Stream& one = along_columns ? d : x;
   const uint32_t down_flip = plan.eta_sign < 0 ? 0xffffffffu : 0u;
 
-  float w[kLanes] = {}, cut[kLanes] = {};
-  uint32_t cell[kLanes];
-  CellLanes c;
-  for (int l = 0; l < kLanes; ++l) {
-    cell[l] = uint32_t(first + l * stride);
-    if (l < width) w[l] = job.w[first + l * stride] + 0.0f;  // no negative zero
-  }
-  for (int l = 0; l < kLanes; ++l) {
-    const Cell drawn = draw_cell<Device>(p, key, uint32_t(job.array), cell[l]);
-    c.b_max[l] = drawn.b_max;
-    c.b_min[l] = drawn.b_min;
-    c.s_up[l] = drawn.s_up;
-    c.s_dn[l] = drawn.s_dn;
-    c.e0[l] = drawn.e0;
-    c.e1[l] = drawn.e1;
-    c.e2[l] = drawn.e2;
+  constexpr int planes = how == kPair ? 2 : 1;
+  float* const source = how == kPlain ? job.w : job.cells;
+  const int64_t size = int64_t(job.m) * job.n;
+  float w[planes][kLanes] = {}, cut[kLanes] = {};
+  uint32_t cell[kLanes], touched[kLanes] = {};
+  CellLanes c[planes];
+  for (int l = 0; l < kLanes; ++l) cell[l] = uint32_t(first + l * stride);
+  for (int plane = 0; plane < planes; ++plane) {
+    for (int l = 0; l < width; ++l) w[plane][l] = source[plane * size + first + l * stride] + 0.0f;  // no negative zero
+    for (int l = 0; l < kLanes; ++l) {
+      const Cell drawn = draw_cell<Device>(p, key, uint32_t(job.array) + uint32_t(plane * kMinus), cell[l]);
+      c[plane].b_max[l] = drawn.b_max;
+      c[plane].b_min[l] = drawn.b_min;
+      c[plane].s_up[l] = drawn.s_up;
+      c[plane].s_dn[l] = drawn.s_dn;
+      c[plane].e0[l] = drawn.e0;
+      c[plane].e1[l] = drawn.e1;
+      c[plane].e2[l] = drawn.e2;
+    }
   }
   int64_t pulses = 0;
   Directions queue{};
@@ -231,11 +237,17 @@ LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, i
     for (int l = 0; l < kLanes; ++l) {
       pulses += queue.count[l];
       queue.up[queue.count[l] / 32][l] = uint32_t(held[l]);
+      if (how != kPlain) touched[l] |= queue.count[l];
     }
-    step_lanes<Device>(p, c, queue, cell, key, segment_counter(plan.first_sample, begin), step, c3, w, cut);
+    step_lanes<Device, how>(p, c, queue, cell, key, segment_counter(plan.first_sample, begin), step, c3, w, cut);
   }
   for (int l = 0; l < width; ++l) {
-    job.w[first + l * stride] = w[l];
+    const int64_t i = first + l * stride;
+    for (int plane = 0; plane < planes; ++plane) source[plane * size + i] = w[plane][l];
+    if (how == kNoisy && touched[l])
+      job.w[i] = shown(p, CellId{key, uint32_t(job.array), cell[l]}, w[0][l], kByPulses,
+                       uint32_t(plan.first_sample / kBlockSamples), step);
+    if (how == kPair && touched[l]) job.w[i] = w[0][l] - w[planes - 1][l];
     *lost += int64_t(double(cut[l]) * kFixedPoint + 0.5);
   }
   return pulses;
@@ -245,7 +257,11 @@ int64_t pulses(const PulseJob& job, const BlockPlan& plan, int64_t lane0, int64_
                const Stream& d, int64_t* lost) {
   int64_t count = 0;
   with_device(int(job.device.kind), [&](auto device) __attribute__((always_inline)) {
-    count = run<decltype(device)>(job, plan, lane0, other, x, d, lost);
+    switch (hold(job.device)) {
+      case kNoisy: count = run<decltype(device), kNoisy>(job, plan, lane0, other, x, d, lost); break;
+      case kPair: count = run<decltype(device), kPair>(job, plan, lane0, other, x, d, lost); break;
+      default: count = run<decltype(device), kPlain>(job, plan, lane0, other, x, d, lost);
+    }
   });
   return count;
 }

@@ -5,11 +5,25 @@
 namespace lrtt::cpu {
 namespace {
 
+// Programs elements [first, last) of an array to the values that stand in its w.
+void set_cells(const CellsJob& job, int64_t first, int64_t last, WriteEvent event, uint32_t c2, int threads) {
+  const Held held = job.held();
+#pragma omp parallel for num_threads(threads) if (threads > 1 && last - first > 4096)
+  for (int64_t i = first; i < last; ++i) {
+    with_device(int(job.device.kind), [&](auto device) {
+      set_cell<decltype(device)>(job.device, job.id(i), held, held.w[i], event, c2);
+    });
+  }
+}
+
 template <class T>
 void transfer_digital(const TransferJob& job, int threads) {
   const T *a = static_cast<const T*>(job.a), *b = static_cast<const T*>(job.b);
   T* c = static_cast<T*>(job.c);
   const T tau = T(job.tile.tau);
+  const int64_t size = int64_t(job.d) * job.k;
+  if (hold(job.visible) == kNoisy)  // it adds to what the cells hold, not to what a read shows
+    for (int64_t i = 0; i < size; ++i) c[i] = T(job.cells_c[i]);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && int64_t(job.d) * job.k * job.r > 65536)
   for (int64_t i = 0; i < job.d; ++i) {
     for (int64_t j = 0; j < job.k; ++j) {
@@ -18,6 +32,9 @@ void transfer_digital(const TransferJob& job, int threads) {
       c[i * job.k + j] += tau * sum;
     }
   }
+  if (int(job.visible.kind) != kIdealFloat)
+    set_cells(CellsJob{job.state, job.visible, kC, job.d, job.k, static_cast<float*>(job.c), job.cells_c}, 0, size,
+              kByTransfer, uint32_t(job.state[kStep]), threads);
 }
 
 double lane_sum(const float* v, int64_t n, int64_t stride, float scale, bool limited) {
@@ -44,6 +61,7 @@ void transfer_pulsed(const TransferJob& job, bool residual, void* workspace, int
   const float tau = float(tile.tau);
   PulseJob target{};
   target.w = static_cast<float*>(job.c);
+  target.cells = job.cells_c;
   target.m = job.d;
   target.n = job.k;
   target.x = Operand{b, job.k, 1, kFloat32, 0};
@@ -123,6 +141,8 @@ void reinit_tile(const TransferJob& job, bool keep_residual, int threads) {
   const uint64_t key = uint64_t(job.state[kKey]);
   const uint32_t cycle = uint32_t(job.state[kCycle]);
   const int kind = int(job.tile.reinit);
+  const bool held = int(job.fast.kind) != kIdealFloat;
+  const CellsJob b_cells{job.state, job.fast, kB, job.r, job.k, reinterpret_cast<float*>(b), job.cells_b};
   for (int q = 0; q < job.r; ++q) {
     const float limit = keep_residual ? residual_limit(job, q) : 0.0f;
     bool kept = false;
@@ -138,13 +158,17 @@ void reinit_tile(const TransferJob& job, bool keep_residual, int threads) {
       const Words words = philox(key, e / 4, 0, cycle, counter3(kReinit, kB, 0));
       b[e] = T(draw_b(kind, float(job.tile.reinit_std), words.w[e & 3]));
     }
+    if (held && kind != kOrthogonal)
+      set_cells(b_cells, q * int64_t(job.k), (q + 1) * int64_t(job.k), kByReinit, cycle, threads);
   }
-  if (kind == kOrthogonal) orthogonalise(b, job.r, job.k, job.tile.reinit_std);
-  if (int(job.fast.kind) == kIdealFloat) return;
-  int64_t ignored = 0;
-  // A is clipped too: a stuck cell does not go to 0.
-  clip(CellsJob{job.state, job.fast, kB, job.r, job.k}, reinterpret_cast<float*>(b), true, &ignored, threads);
-  clip(CellsJob{job.state, job.fast, kA, job.d, job.r}, reinterpret_cast<float*>(a), true, &ignored, threads);
+  if (kind == kOrthogonal) {
+    orthogonalise(b, job.r, job.k, job.tile.reinit_std);
+    if (held) set_cells(b_cells, 0, int64_t(job.r) * job.k, kByReinit, cycle, threads);
+  }
+  // A is written too: a stuck cell does not go to 0.
+  if (held)
+    set_cells(CellsJob{job.state, job.fast, kA, job.d, job.r, reinterpret_cast<float*>(a), job.cells_a}, 0,
+              int64_t(job.d) * job.r, kByReinit, cycle, threads);
 }
 
 void reinit_one(const TransferJob& job, bool keep_residual, int threads) {
@@ -165,11 +189,6 @@ void transfer(const std::vector<TransferJob>& jobs, bool force, void* workspace,
       const bool residual = mode == kPulsedResidual && !force;  // a flush leaves nothing behind
       if (mode == kDigital) {
         job.is_double ? transfer_digital<double>(job, threads) : transfer_digital<float>(job, threads);
-        if (int(job.visible.kind) != kIdealFloat) {
-          int64_t ignored = 0;
-          clip(CellsJob{job.state, job.visible, kC, job.d, job.k}, static_cast<float*>(job.c), true, &ignored,
-               threads);
-        }
       } else {
         transfer_pulsed(job, residual, workspace, threads);
       }

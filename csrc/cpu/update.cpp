@@ -169,32 +169,41 @@ void draw_cells(const CellsJob& job, float* out, int threads) {
   }
 }
 
-void clip(const CellsJob& job, float* w, bool write, int64_t* at_bound, int threads) {
+void clip(const CellsJob& job, bool write, int64_t* total, int threads) {
   const int64_t size = int64_t(job.m) * job.n;
-  const uint64_t key = uint64_t(job.state[kKey]);
+  const uint32_t step = uint32_t(job.state[kStep]);
+  const Held held = job.held();
   int64_t count = 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && size > 4096) reduction(+ : count)
   for (int64_t i = 0; i < size; ++i) {
     with_device(int(job.device.kind), [&](auto device) {
-      const Cell c = draw_cell<decltype(device)>(job.device, key, uint32_t(job.array), uint32_t(i));
-      count += w[i] >= c.b_max || w[i] <= c.b_min;
-      if (write) w[i] = into_bounds(c, w[i]);
+      count += at_bound<decltype(device)>(job.device, job.id(i), held, write);
+      if (write) set_cell<decltype(device)>(job.device, job.id(i), held, job.w[i], kBySet, step);
     });
   }
-  *at_bound += count;
+  *total += count;
 }
 
-void relax(const std::vector<RelaxJob>& jobs, int threads) {
-  for (const RelaxJob& job : jobs) {
-    const CellsJob& cells = job.cells;
-    const int64_t size = int64_t(cells.m) * cells.n;
-    const uint64_t key = uint64_t(cells.state[kKey]);
-    const uint32_t step = uint32_t(cells.state[kStep]), array = uint32_t(cells.array);
+void reset(const CellsJob& job, const ResetRange& range, int threads) {
+  const int64_t size = int64_t(job.m) * job.n;
+  const uint32_t step = uint32_t(job.state[kStep]);
+#pragma omp parallel for num_threads(threads) if (threads > 1 && size > 4096)
+  for (int64_t i = 0; i < size; ++i) {
+    if (i % job.n < range.first || i % job.n >= range.last) continue;
+    with_device(int(job.device.kind), [&](auto device) {
+      reset_cell<decltype(device)>(job.device, job.id(i), job.held(), range.share, range.number, step);
+    });
+  }
+}
+
+void relax(const std::vector<CellsJob>& jobs, int threads) {
+  for (const CellsJob& job : jobs) {
+    const int64_t size = int64_t(job.m) * job.n;
+    const uint32_t step = uint32_t(job.state[kStep]);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && size > 4096)
     for (int64_t i = 0; i < size; ++i) {
-      with_device(int(cells.device.kind), [&](auto device) {
-        const Cell c = draw_cell<decltype(device)>(cells.device, key, array, uint32_t(i));
-        job.w[i] = relax(cells.device, c, CellId{key, array, uint32_t(i)}, job.w[i], step);
+      with_device(int(job.device.kind), [&](auto device) {
+        relax_cell<decltype(device)>(job.device, job.id(i), job.held(), step);
       });
     }
   }

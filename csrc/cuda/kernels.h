@@ -14,16 +14,17 @@ size_t workspace_bytes(const std::vector<PulseJob>& jobs);
 size_t workspace_bytes(const std::vector<TransferJob>& jobs);
 size_t workspace_bytes(const std::vector<cpu::DigitalJob>& jobs);
 size_t workspace_bytes(const std::vector<cpu::ScaleJob>& jobs);
-size_t workspace_bytes(const std::vector<cpu::RelaxJob>& jobs);
+size_t workspace_bytes(const std::vector<cpu::CellsJob>& jobs);  // of relax
 
 void pulsed_update(const std::vector<PulseJob>& jobs, void* workspace, Stream stream);
 void transfer(const std::vector<TransferJob>& jobs, bool force, void* workspace, Stream stream);
 void reinit(const std::vector<TransferJob>& jobs, void* workspace, Stream stream);
 void digital_update(const std::vector<cpu::DigitalJob>& jobs, void* workspace, Stream stream);
 void pulse_scale(const std::vector<cpu::ScaleJob>& jobs, void* workspace, Stream stream);
-void relax(const std::vector<cpu::RelaxJob>& jobs, void* workspace, Stream stream);
+void relax(const std::vector<cpu::CellsJob>& jobs, void* workspace, Stream stream);
 void draw_cells(const cpu::CellsJob& job, float* out, Stream stream);
-void clip(const cpu::CellsJob& job, float* w, bool write, int64_t* at_bound, Stream stream);
+void clip(const cpu::CellsJob& job, bool write, int64_t* at_bound, Stream stream);
+void reset(const cpu::CellsJob& job, const cpu::ResetRange& range, Stream stream);
 
 int runtime_version();
 int driver_version();

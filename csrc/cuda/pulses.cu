@@ -1,5 +1,7 @@
 #include "pulses.cuh"
 
+#include <type_traits>
+
 namespace lrtt::cuda {
 
 namespace {
@@ -285,8 +287,8 @@ __device__ __forceinline__ void copy_stored(const uint32_t* bits, const uint32_t
     to[word * by_word + lane * by_element] = inside ? uint2{bits[at], neg[at] ^ flip} : uint2{0, 0};
 }
 
-// All pulses of kCellThreads cells, block of samples by block of samples. `loses`: count what the bounds cut.
-template <class Device, bool loses>
+// All pulses of kCellThreads cells, block of samples by block of samples. `loses`: count what the bounds cut. `how`: Hold.
+template <class Device, bool loses, int how>
 __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, int round, Shared& shared) {
   const PulseJob& job = p.job;
   const DeviceParams device = job.device;
@@ -303,14 +305,21 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
 
   const uint32_t index = along_columns ? uint32_t(short0 + row) * uint32_t(job.n) + uint32_t(long0 + mine)
                                        : uint32_t(long0 + mine) * uint32_t(job.n) + uint32_t(short0 + row);
-  float w = live ? job.w[index] + 0.0f : 0.0f;
-  uint32_t pulses = 0;
+  const CellId id{key, uint32_t(job.array), index};
+  const int64_t size = int64_t(job.m) * job.n;
+  float w = live ? (how == kPlain ? job.w : job.cells)[index] + 0.0f : 0.0f, minus = 0.0f;
+  uint32_t pulses = 0, last_touch = 0;
   int64_t lost = 0;
-  Cell cell{};
-  if (live) cell = draw_cell<Device>(device, key, uint32_t(job.array), index);
+  Cell cell{}, minus_cell{};  // the second of a pair
+  if (live) cell = draw_cell<Device>(device, id);
+  if (how == kPair && live) {
+    minus = job.cells[size + index] + 0.0f;
+    minus_cell = draw_cell<Device>(device, minus_of(id));
+  }
   const int last = p.begin[round + 1];
   for (int block = p.begin[round]; block < last; ++block) {
     const int words = p.words[block];
+    const uint32_t before = pulses;
     float cut = 0.0f;  // rounded once a block, as on the CPU
     for (int begin = 0; begin < words; begin += kSegmentWords) {
       const int many = min(words - begin, kSegmentWords);
@@ -345,9 +354,10 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
           const uint32_t rest = m & (m - 1);
           const float xi = noise(shared.levels, noise_bits(random.w[k / 2], uint32_t(k)));
           float over = 0.0f;
-          const float next = pulse<Device>(device, cell, w, (up & (m ^ rest)) != 0, xi, over);
+          const bool upwards = (up & (m ^ rest)) != 0, on_minus = how == kPair && !upwards;
+          const float next = pulse<Device>(device, on_minus ? minus_cell : cell, on_minus ? minus : w, how == kPair || upwards, xi, over);
           if (m != 0) {
-            w = next;
+            (on_minus ? minus : w) = next;
             if (loses) cut += over;
             ++pulses;
           }
@@ -356,8 +366,15 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
       }
     }
     if (loses) lost += int64_t(double(cut) * kFixedPoint + 0.5);
+    if (how == kNoisy && pulses != before) last_touch = uint32_t(job.first_sample / kBlockSamples) + uint32_t(block);
   }
-  if (live) job.w[index] = w;
+  if (how == kPlain) {
+    if (live) job.w[index] = w;
+  } else if (live && pulses) {
+    job.cells[index] = w;
+    if (how == kPair) job.cells[size + index] = minus;
+    job.w[index] = how == kPair ? w - minus : shown(device, id, w, kByPulses, last_touch, step);
+  }
   const int64_t all_pulses = warp_sum(int64_t(pulses));
   if (threadIdx.x % 32 == 0 && all_pulses) add(job.counts + k_pulses_a + job.array, all_pulses);
   if (loses) {
@@ -366,8 +383,8 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
   }
 }
 
-// One kernel a device model, so that each has the registers it needs. Resident blocks run through the cells of all jobs.
-template <class Device, bool loses>
+// One kernel a device model and Hold, so that each has the registers it needs. Resident blocks run through the cells of all jobs.
+template <class Device, bool loses, int how>
 __global__ void __launch_bounds__(kCellThreads, kCellBlocks) apply_pulses(const DevicePulse* table, int count, int64_t blocks,
                                                                          int round, const float* levels, Predicate predicate) {
   __shared__ Shared shared;
@@ -382,7 +399,7 @@ __global__ void __launch_bounds__(kCellThreads, kCellBlocks) apply_pulses(const 
       __syncthreads();  // the cells before are done with the old ones
       for (int i = threadIdx.x; i < kNoiseLevels; i += kCellThreads) shared.levels[i] = sigma * levels[i];
     }
-    run_cells<Device, loses>(p, int(block - p.first_cell_block), round, shared);
+    run_cells<Device, loses, how>(p, int(block - p.first_cell_block), round, shared);
   }
 }
 
@@ -417,6 +434,7 @@ PulseSet place_streams(std::vector<DevicePulse>& jobs, int first, int last, size
 }  // namespace
 
 bool kernel_order(const PulseJob& a, const PulseJob& b) {
+  if (hold(a.device) != hold(b.device)) return hold(a.device) < hold(b.device);
   return a.device.kind != b.device.kind ? a.device.kind < b.device.kind : (a.array == kC) < (b.array == kC);
 }
 
@@ -465,12 +483,21 @@ void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table
         const unsigned grid = unsigned(blocks < most_cells ? blocks : most_cells);
         with_device(int(end.job.device.kind), [&](auto device) {
           using Device = decltype(device);
+          const auto launch = [&](auto loses, auto how) {
+            apply_pulses<Device, decltype(loses)::value, decltype(how)::value>
+                <<<grid, kCellThreads, 0, stream>>>(table + first, last - first, blocks, round, levels, from(first));
+          };
+          const auto launch_held = [&](auto loses) {
+            switch (hold(end.job.device)) {
+              case kNoisy: launch(loses, std::integral_constant<int, kNoisy>{}); break;
+              case kPair: launch(loses, std::integral_constant<int, kPair>{}); break;
+              default: launch(loses, std::integral_constant<int, kPlain>{});
+            }
+          };
           if (end.job.array == kC) {  // only C's loss is counted
-            apply_pulses<Device, true>
-                <<<grid, kCellThreads, 0, stream>>>(table + first, last - first, blocks, round, levels, from(first));
+            launch_held(std::true_type{});
           } else {
-            apply_pulses<Device, false>
-                <<<grid, kCellThreads, 0, stream>>>(table + first, last - first, blocks, round, levels, from(first));
+            launch_held(std::false_type{});
           }
         });
       }

@@ -121,13 +121,11 @@ __global__ void __launch_bounds__(kBlockSamples) plan_transfer(const DeviceTrans
 
 // ------------------------------------------------------------------ digital
 
-__device__ __forceinline__ float into_bounds(const DeviceParams& device, uint64_t key, uint32_t array, uint32_t cell, float w) {
-  float kept = w;
-  with_device(int(device.kind), [&](auto model) {
-    const Cell c = draw_cell<decltype(model)>(device, key, array, cell);
-    kept = lrtt::into_bounds(c, w);
-  });
-  return kept;
+__device__ __forceinline__ void set(const DeviceParams& device, const int64_t* state, uint32_t array, int64_t cell, Held held,
+                                    float target, WriteEvent event, uint32_t c2) {
+  const CellId id{uint64_t(state[kKey]), array, uint32_t(cell)};
+  with_device(int(device.kind),
+              [&](auto model) { set_cell<decltype(model)>(device, id, held, target, event, c2); });
 }
 
 template <class T>
@@ -137,10 +135,15 @@ __device__ void add_product(const TransferJob& job, int64_t cell) {
   const int64_t i = cell / job.k, j = cell % job.k;
   T sum = T(0);
   for (int q = 0; q < job.r; ++q) sum += a[i * job.r + q] * b[int64_t(q) * job.k + j];
-  T w = c[cell] + T(job.tile.tau) * sum;
-  if (int(job.visible.kind) != kIdealFloat)
-    w = T(into_bounds(job.visible, uint64_t(job.state[kKey]), kC, uint32_t(cell), float(w)));
-  c[cell] = w;
+  // On noisy cells it adds to what they hold, not to what a read shows.
+  const T before = hold(job.visible) == kNoisy ? T(job.cells_c[cell]) : c[cell];
+  const T w = before + T(job.tile.tau) * sum;
+  if (int(job.visible.kind) == kIdealFloat) {
+    c[cell] = w;
+  } else {
+    const Held held{static_cast<float*>(job.c), job.cells_c, int64_t(job.d) * job.k};
+    set(job.visible, job.state, kC, cell, held, float(w), kByTransfer, uint32_t(job.state[kStep]));
+  }
 }
 
 // Resident blocks run through the cells of all tiles: a launch that finds no tile due must cost next to nothing.
@@ -171,16 +174,18 @@ template <class T>
 __device__ void renew(const DeviceTransfer& t, int64_t e, uint32_t cycle, bool residual) {
   const TransferJob& job = t.job;
   const bool held = int(job.fast.kind) != kIdealFloat;
-  const uint64_t key = uint64_t(job.state[kKey]);
-  if (e < int64_t(job.d) * job.r) {
+  const int64_t a_size = int64_t(job.d) * job.r, b_size = int64_t(job.r) * job.k;
+  if (e < a_size) {
     T& a = static_cast<T*>(job.a)[e];
     a = residual ? T(excess(float(a), t.terms[e % job.r].limit)) : T(0);
-    if (held) a = T(into_bounds(job.fast, key, kA, uint32_t(e), float(a)));
+    if (held)
+      set(job.fast, job.state, kA, e, Held{static_cast<float*>(job.a), job.cells_a, a_size}, float(a), kByReinit, cycle);
   }
-  if (e < int64_t(job.r) * job.k && int(job.tile.reinit) != kOrthogonal) {
+  if (e < b_size && int(job.tile.reinit) != kOrthogonal && !(residual && t.terms[e / job.k].kept)) {
     T& b = static_cast<T*>(job.b)[e];
-    if (!(residual && t.terms[e / job.k].kept)) b = T(fresh_b(job, cycle, uint32_t(e)));
-    if (held) b = T(into_bounds(job.fast, key, kB, uint32_t(e), float(b)));
+    b = T(fresh_b(job, cycle, uint32_t(e)));
+    if (held)
+      set(job.fast, job.state, kB, e, Held{static_cast<float*>(job.b), job.cells_b, b_size}, float(b), kByReinit, cycle);
   }
 }
 
@@ -210,8 +215,9 @@ __device__ void renew_orthogonal(const TransferJob& job, uint32_t cycle) {
     }
   }
   if (int(job.fast.kind) == kIdealFloat) return;
-  for (int64_t e = lane; e < int64_t(job.r) * job.k; e += 32)
-    b[e] = T(into_bounds(job.fast, uint64_t(job.state[kKey]), kB, uint32_t(e), float(b[e])));
+  const Held held{static_cast<float*>(job.b), job.cells_b, int64_t(job.r) * job.k};
+  for (int64_t e = lane; e < held.size; e += 32)
+    set(job.fast, job.state, kB, e, held, float(b[e]), kByReinit, cycle);
 }
 
 // `initial`: the draw of the present cycle, whatever the counter says.
@@ -302,6 +308,7 @@ struct Layout {
   static DevicePulse pulse_of(const TransferJob& job) {
     DevicePulse p{};
     p.job.w = static_cast<float*>(job.c);
+    p.job.cells = job.cells_c;
     p.job.m = job.d;
     p.job.n = job.k;
     p.job.x = Operand{job.b, job.k, 1, kFloat32, 0};

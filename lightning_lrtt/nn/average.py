@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from types import MethodType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_lrtt.nn.tile import TileModule, find_tiles
+from lightning_lrtt.ops import A, B
 
 
 @contextmanager
@@ -51,6 +52,10 @@ def effective_weights(averaged: nn.Module, model: nn.Module) -> Iterator[None]:
             for copy, original in pairs:
                 copy.A.zero_()
                 copy.B.copy_(original.B)
+                for held, source in zip(copy.cells(A, B), original.cells(A, B), strict=True):
+                    held.copy_(source)
+                _hold(copy.A, copy.A_cells)
+                _hold(copy.matrix, copy.C_cells)
                 copy.tile_state.copy_(original.tile_state)
                 copy.tile_counts.copy_(original.tile_counts)
 
@@ -83,6 +88,12 @@ def average_effective_weights(averaged: AveragedModel) -> AveragedModel:
 def _update_parameters(averaged: AveragedModel, model: nn.Module) -> None:
     with effective_weights(averaged.module, model):
         type(averaged).update_parameters(averaged, model)
+
+
+def _hold(w: Tensor, cells: Tensor | None) -> None:
+    """Let the cells hold what is read, exactly: an average was never written to a device."""
+    if cells is not None:
+        cells.copy_(w if len(cells) == 1 else torch.stack([w.clamp(min=0), (-w).clamp(min=0)]))
 
 
 def _show(tile: TileModule, weight: nn.Parameter) -> None:

@@ -62,6 +62,10 @@ def _short(value: Any) -> str:
 def _device(device: Device | None) -> dict[str, Any] | None:
     if device is None:
         return None
-    arguments = dataclasses.asdict(device) if dataclasses.is_dataclass(device) else device.numbers()
+    if dataclasses.is_dataclass(device):
+        values = {f.name: getattr(device, f.name) for f in dataclasses.fields(device)}
+        arguments = {name: _device(value) if isinstance(value, Device) else value for name, value in values.items()}
+    else:
+        arguments = device.numbers()
     path = f"{type(device).__module__}.{type(device).__qualname__}"
     return {"class_path": path, "init_args": json.loads(json.dumps(arguments))}  # tuples become lists, as after loading

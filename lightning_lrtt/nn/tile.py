@@ -14,13 +14,14 @@ from lightning_lrtt.config import LRTTConfig
 from lightning_lrtt.nn import identity
 from lightning_lrtt.nn.function import digital_read, latched_read
 from lightning_lrtt.nn.latch import Latch
-from lightning_lrtt.ops import COUNTS, CYCLE, KEY, STATE_SIZE
+from lightning_lrtt.ops import COUNTS, CYCLE, KEY, STATE_SIZE, A, B, C
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
+_CELLS = ("A_cells", "B_cells", "C_cells")  # buffers, by array
 
 
 def tile_key(seed: int, tile: int) -> int:
@@ -106,6 +107,10 @@ class TileModule(nn.Module):
         self._key = tile_key(config.seed, int(torch.randint(2**62, (), device="cpu")) if tile is None else tile)
         self.register_buffer("tile_state", self._fresh_state().to(device))
         self.register_buffer("tile_counts", _fresh_counts().to(device))
+        for array, shape in ((A, self.A.shape), (B, self.B.shape), (C, self.tile_shape)):
+            planes = self._planes(array)
+            held = torch.zeros(planes, *shape, device=device) if planes else None
+            self.register_buffer(_CELLS[array], held)  # None: nothing is stored
         self.hyper = config.pack(k)
         self.latch = Latch()
         self._link()
@@ -120,6 +125,19 @@ class TileModule(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor]:
         """A ``[d, r]`` and B ``[r, k]``, detached."""
         return self.A.detach(), self.B.detach()
+
+    def _planes(self, array: int) -> int:
+        device = self.config.visible_device if array == C else self.config.fast_device
+        return device.planes if device is not None else 0
+
+    def cells(self, *arrays: int) -> list[Tensor]:
+        """What the cells of ``arrays`` hold beside the weight that is read, ``[planes, rows, columns]`` each.
+
+        Only of arrays whose device needs it: the persistent weight under write noise, the two conductances of a pair. In
+        the order in which the operators take it.
+        """
+        held = (getattr(self, _CELLS[array]) for array in arrays)
+        return [cells for cells in held if cells is not None]
 
     def _fresh_state(self) -> Tensor:
         state = torch.zeros(STATE_SIZE, dtype=torch.int64)
@@ -136,6 +154,9 @@ class TileModule(nn.Module):
         self.B = nn.Parameter(torch.empty_like(self.B, device=device), learns)
         self.tile_state = self._fresh_state().to(device)
         self.tile_counts = _fresh_counts().to(device)
+        for name in _CELLS:
+            if (held := getattr(self, name)) is not None:
+                setattr(self, name, torch.zeros_like(held, device=device))
         self._link()
         self.write_visible()
         self.reset_factors()
@@ -169,14 +190,48 @@ class TileModule(nn.Module):
                 self.weight.copy_(values.reshape(self.weight.shape))
             if self.config.visible_device is None or self.weight.is_meta:
                 return 0
-            return int(torch.ops.lrtt.clip_(self.matrix, self.tile_state, self.hyper, 2, True))
+            return int(torch.ops.lrtt.clip_(self.matrix, self.tile_state, self.hyper, C, True, self.cells(C)))
 
     def reset_factors(self) -> None:
         """A = 0 and a fresh B: what follows an initialisation or a load of a digital weight."""
         if self.B.is_meta:
             return
         a, b = self.factors()
-        torch.ops.lrtt.reinit_([a], [b], [self.tile_state], [self.hyper])
+        torch.ops.lrtt.reinit_([a], [b], [self.tile_state], [self.hyper], self.cells(A, B))
+
+    @torch.no_grad()
+    def reset_cells(self, array: str = "C", columns: slice = slice(None), probability: float = 1.0, number: int = 0) -> None:
+        """Reset cells: each goes to its reset value (``reset``, ``reset_dtod``) with the noise ``reset_std``.
+
+        Args:
+            array: ``A``, ``B`` or ``C``.
+            columns: Columns of that matrix, without a step.
+            probability: Probability that a cell is reset; the cells of a pair are reset each on its own.
+            number: Tells the resets of one optimizer step apart; equal numbers reset the same cells to the same values.
+
+        Raises:
+            ValueError: If the array has no device, or an argument is out of range.
+
+        Example:
+            >>> from lightning_lrtt import LRTTConfig, devices
+            >>> from lightning_lrtt.nn import LRTTLinear
+            >>> cell = devices.SoftBounds(reset=0.1, reset_std=0.0)
+            >>> layer = LRTTLinear(3, 2, config=LRTTConfig(rank=1, visible_device=cell))
+            >>> layer.reset_cells("C", slice(0, 2))
+            >>> layer.weight[:, :2].flatten().tolist() == [0.10000000149011612] * 4
+            True
+        """
+        name = type(self).__name__
+        _check.choice(f"{name}.reset_cells", "array", array, "ABC")
+        _check.number(f"{name}.reset_cells", "probability", probability, low=0.0, high=1.0)
+        _check.integer(f"{name}.reset_cells", "number", number, low=0, high=2**32 - 1)
+        which = "ABC".index(array)
+        w = (*self.factors(), self.matrix)[which]
+        first, last, step = columns.indices(w.shape[1])
+        if step != 1:
+            raise _check.fail(f"{name}.reset_cells", "columns", "a slice without a step", columns)
+        torch.ops.lrtt.reset_cells_(w, self.tile_state, self.hyper, which, first, max(first, last), float(probability), number,
+                                    self.cells(which))
 
     def effective_weight(self) -> Tensor:
         """``C + alpha A B`` in the shape of ``weight``: the matrix that the layer applies."""
@@ -190,7 +245,8 @@ class TileModule(nn.Module):
         With tau != alpha the effective weight changes, as at every transfer.
         """
         a, b = self.factors()
-        torch.ops.lrtt.transfer_([a], [b], [self.matrix], [self.tile_state], [self.tile_counts], [self.hyper], [0], True)
+        torch.ops.lrtt.transfer_([a], [b], [self.matrix], [self.tile_state], [self.tile_counts], [self.hyper], [0], True,
+                                 self.cells(A, B, C))
 
     def counts(self) -> dict[str, int]:
         """The accumulators by name (see ``ops.COUNTS``). Reads from the device: not for a training step."""
@@ -276,7 +332,7 @@ class TileModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
                               missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
-        own = [prefix + name for name in ("A", "B", "tile_state", "tile_counts")]
+        own = [prefix + name for name in ("A", "B", "tile_state", "tile_counts", *_CELLS)]
         digital = prefix + "weight" in state_dict and not any(name in state_dict for name in own)
         described = state_dict.get(prefix + "_extra_state")
         if described is not None and (wrong := identity.disagreements(identity.decode(described), self.description())):

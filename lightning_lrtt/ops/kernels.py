@@ -86,12 +86,40 @@ def _run_jobs(owner: Tensor, op: str, jobs: list[tuple[Any, ...]], *args: Any) -
     _run(owner, op, jobs, *args, scratch.data_ptr())
 
 
+class _CellsList:
+    """Deals out the optional ``cells`` of an operator to the arrays that need them."""
+
+    def __init__(self, op: str, cells: list[Tensor] | None) -> None:
+        self.op, self.left, self.given = op, iter(cells or ()), len(cells or ())
+        self.taken = 0
+
+    def pointer(self, hyper: Tensor, array: int, w: Tensor) -> int:
+        """Of the cells of ``array``; 0 where w is all that they hold."""
+        planes = schema.planes(hyper, array)
+        if not planes:
+            return 0
+        self.taken += 1
+        cells = next(self.left, None)
+        if cells is None:
+            raise ValueError(f"lrtt::{self.op}: cells must have a tensor {[planes, *w.shape]} for array {array}, whose device "
+                             f"has {'pairs' if planes == 2 else 'write noise'}, got {self.given} tensors; pass TileModule.cells")
+        _same_device(self.op, w, cells=cells)
+        if tuple(cells.shape) != (planes, *w.shape):
+            raise ValueError(f"lrtt::{self.op}: cells must be {[planes, *w.shape]}, got {list(cells.shape)}")
+        return _contiguous(self.op, "cells", cells, torch.float32)
+
+    def finish(self) -> None:
+        """Refuse what no array has asked for."""
+        if self.given > self.taken:
+            raise ValueError(f"lrtt::{self.op}: cells must be as many as arrays that need them, {self.taken}, got {self.given}")
+
+
 def pulsed_update_(
     w: list[Tensor], x: list[Tensor], d: list[Tensor], eta: list[Tensor], state: list[Tensor], counts: list[Tensor],
-    hyper: list[Tensor], array: list[int], first_sample: list[int],
+    hyper: list[Tensor], array: list[int], first_sample: list[int], cells: list[Tensor] | None = None,
 ) -> None:
     op = "pulsed_update_"
-    jobs, keep = [], []
+    jobs, keep, held = [], [], _CellsList("pulsed_update_", cells)
     for w_, x_, d_, eta_, state_, counts_, hyper_, array_, first in zip(
         w, x, d, eta, state, counts, hyper, array, first_sample, strict=True
     ):
@@ -108,15 +136,17 @@ def pulsed_update_(
         jobs.append((
             _contiguous(op, "w", w_, torch.float32), rows, columns, x_.data_ptr(), *x_.stride(), _ELEMENT_TYPES[x_.dtype],
             d_.data_ptr(), *d_.stride(), _ELEMENT_TYPES[d_.dtype], x_.shape[0], first, _contiguous(op, "eta", eta_, torch.float32), _state(op, state_),
-            _counts(op, counts_), _hyper(op, hyper_), array_,
+            _counts(op, counts_), _hyper(op, hyper_), array_, held.pointer(hyper_, array_, w_),
         ))
+    held.finish()
     if jobs:
         _run_jobs(w[0], "pulsed_update", jobs)
 
 
 def _tile_jobs(op: str, a: list[Tensor], b: list[Tensor], c: list[Tensor | None], state: list[Tensor],
-               counts: list[Tensor | None], hyper: list[Tensor], samples: Sequence[int]) -> list[tuple[Any, ...]]:
-    jobs = []
+               counts: list[Tensor | None], hyper: list[Tensor], samples: Sequence[int],
+               cells: list[Tensor] | None) -> list[tuple[Any, ...]]:
+    jobs, held = [], _CellsList(op, cells)
     for a_, b_, c_, state_, counts_, hyper_, n in zip(a, b, c, state, counts, hyper, samples, strict=True):
         dtypes = (torch.float32, torch.float64)
         (d, r), k = a_.shape, b_.shape[1]
@@ -138,20 +168,24 @@ def _tile_jobs(op: str, a: list[Tensor], b: list[Tensor], c: list[Tensor | None]
             _state(op, state_),
             0 if counts_ is None else _counts(op, counts_),
             hyper_pointer,
+            held.pointer(hyper_, schema.A, a_), held.pointer(hyper_, schema.B, b_),
+            0 if c_ is None else held.pointer(hyper_, schema.C, c_),
         ))
+    held.finish()
     return jobs
 
 
 def transfer_(a: list[Tensor], b: list[Tensor], c: list[Tensor], state: list[Tensor], counts: list[Tensor],
-              hyper: list[Tensor], samples: list[int], force: bool) -> None:
-    jobs = _tile_jobs("transfer_", a, b, c, state, counts, hyper, samples)
+              hyper: list[Tensor], samples: list[int], force: bool, cells: list[Tensor] | None = None) -> None:
+    jobs = _tile_jobs("transfer_", a, b, c, state, counts, hyper, samples, cells)
     if jobs:
         _run_jobs(a[0], "transfer", jobs, force)
 
 
-def reinit_(a: list[Tensor], b: list[Tensor], state: list[Tensor], hyper: list[Tensor]) -> None:
+def reinit_(a: list[Tensor], b: list[Tensor], state: list[Tensor], hyper: list[Tensor],
+            cells: list[Tensor] | None = None) -> None:
     nothing: list[Tensor | None] = [None] * len(a)
-    jobs = _tile_jobs("reinit_", a, b, nothing, state, nothing, hyper, [0] * len(a))
+    jobs = _tile_jobs("reinit_", a, b, nothing, state, nothing, hyper, [0] * len(a), cells)
     if jobs:
         _run_jobs(a[0], "reinit", jobs)
 
@@ -194,17 +228,25 @@ def pulse_scale_(eta: list[Tensor], grad: list[Tensor], first: list[Tensor], lr:
 
 def _cells_job(op: str, state: Tensor, hyper: Tensor, array: int, rows: int, columns: int) -> tuple[int, ...]:
     pointers = _state(op, state), _hyper(op, hyper)
-    if not hyper[schema.DEVICE_KINDS[array == schema.C]]:
+    if not hyper[schema.DEVICE_KINDS[array & ~schema.MINUS == schema.C]]:
         raise ValueError(f"lrtt::{op}: array {array} has no device, so it has no cells; give the config one")
     return *pointers, array, rows, columns
 
 
-def relax_(w: list[Tensor], state: list[Tensor], hyper: list[Tensor], array: list[int]) -> None:
+def _held_job(op: str, w: Tensor, state: Tensor, hyper: Tensor, array: int, held: _CellsList) -> tuple[int, ...]:
+    _same_device(op, w, state=state)
+    job = _cells_job(op, state, hyper, array, *w.shape)
+    return *job, _contiguous(op, "w", w, torch.float32), held.pointer(hyper, array, w)
+
+
+def relax_(w: list[Tensor], state: list[Tensor], hyper: list[Tensor], array: list[int],
+           cells: list[Tensor] | None = None) -> None:
     op = "relax_"
-    jobs = []
+    jobs, held = [], _CellsList("relax_", cells)
     for w_, state_, hyper_, array_ in zip(w, state, hyper, array, strict=True):
-        _same_device(op, w[0], w=w_, state=state_)
-        jobs.append((_contiguous(op, "w", w_, torch.float32), *_cells_job(op, state_, hyper_, array_, *w_.shape)))
+        _same_device(op, w[0], w=w_)
+        jobs.append(_held_job(op, w_, state_, hyper_, array_, held))
+    held.finish()
     if jobs:
         _run_jobs(w[0], "relax", jobs)
 
@@ -212,21 +254,36 @@ def relax_(w: list[Tensor], state: list[Tensor], hyper: list[Tensor], array: lis
 def draw_cells(state: Tensor, hyper: Tensor, array: int, rows: int, columns: int) -> Tensor:
     job = _cells_job("draw_cells", state, hyper, array, rows, columns)
     out = torch.empty((schema.CELL_NUMBERS, rows, columns), dtype=torch.float32, device=state.device)
-    _run(state, "draw_cells", job, out.data_ptr())
+    _run(state, "draw_cells", (*job, 0, 0), out.data_ptr())
     return out
 
 
-def clip_(w: Tensor, state: Tensor, hyper: Tensor, array: int, write: bool) -> Tensor:
-    op = "clip_"
-    _same_device(op, w, state=state)
-    job = _cells_job(op, state, hyper, array, *w.shape)
+def clip_(w: Tensor, state: Tensor, hyper: Tensor, array: int, write: bool, cells: list[Tensor] | None = None) -> Tensor:
+    held = _CellsList("clip_", cells)
+    job = _held_job("clip_", w, state, hyper, array, held)
+    held.finish()
     count = torch.zeros((), dtype=torch.int64, device=w.device)
-    _run(w, "clip", job, _contiguous(op, "w", w, torch.float32), write, count.data_ptr())
+    _run(w, "clip", job, write, count.data_ptr())
     return count
 
 
+def reset_cells_(w: Tensor, state: Tensor, hyper: Tensor, array: int, first: int, last: int, share: float, number: int,
+                 cells: list[Tensor] | None = None) -> None:
+    op = "reset_cells_"
+    held = _CellsList(op, cells)
+    job = _held_job(op, w, state, hyper, array, held)
+    held.finish()
+    if not 0 <= first <= last <= w.shape[1]:
+        raise ValueError(f"lrtt::{op}: first and last must be columns of w {list(w.shape)}, got {first} and {last}")
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"lrtt::{op}: share must be >= 0 and <= 1, got {share}")
+    if not 0 <= number < 2**32:
+        raise ValueError(f"lrtt::{op}: number must be >= 0 and < 2**32, got {number}")
+    _run(w, "reset_cells", job, (first, last, share, number))
+
+
 _KERNELS: tuple[Callable[..., Any], ...] = (
-    pulsed_update_, transfer_, reinit_, digital_update_, pulse_scale_, relax_, draw_cells, clip_,
+    pulsed_update_, transfer_, reinit_, digital_update_, pulse_scale_, relax_, draw_cells, clip_, reset_cells_,
 )
 for _kernel in _KERNELS:
     for _key in ("CPU", "CUDA"):

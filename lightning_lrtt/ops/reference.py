@@ -2,17 +2,19 @@
 
 Each function takes the arguments of the operator of that name (``ops/schema.py``) on the CPU. Nothing here is vectorised
 beyond one sample or one word of the pulse stream, so that a line can be held against the line of the specification it
-implements. `reference_random` has the random numbers, `reference_devices` the devices.
+implements. `reference_random` has the random numbers, `reference_devices` the devices, `reference_cells` what they hold.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from lightning_lrtt._compiled import LAYOUT
+from lightning_lrtt.ops import reference_cells as cell
 from lightning_lrtt.ops import reference_devices as models
 from lightning_lrtt.ops import reference_random as rng
 from lightning_lrtt.ops.reference_random import f32
@@ -24,9 +26,13 @@ from lightning_lrtt.ops.schema import (
     CYCLE,
     FIXED_POINT,
     KEY,
+    MINUS,
     SEGMENT_WORDS,
     STEP,
+    A,
+    B,
     C,
+    planes,
 )
 
 _DIGITAL, _PULSED_RESIDUAL = 1, 3
@@ -88,6 +94,11 @@ def transfer_words(tau: float, x_max: float, d_max: float, granularity: float, b
     return max(math.ceil(words), 1) if words < cap else cap
 
 
+def _deal(cells: Iterator[Tensor], hyper: Tensor, array: int) -> Tensor | None:
+    """The next of ``cells`` if the cells of ``array`` hold more than the weight."""
+    return next(cells) if planes(hyper, array) else None
+
+
 def _stream(v: Tensor, scales: list[float], trains: list[tuple[int, float, float]], key: int, step: int, first_sample: int,
             c3: int) -> tuple[Tensor, Tensor]:
     """Slots of a block end to end: which fire and where the firing operand is negative, ``[slots, elements]`` booleans."""
@@ -101,8 +112,8 @@ def _stream(v: Tensor, scales: list[float], trains: list[tuple[int, float, float
     return torch.cat(fired), torch.cat(negative)
 
 
-def _apply_block(w: Tensor, x: Tensor, d: Tensor, trains: list[tuple[int, float, float]], first_sample: int, descend: bool,
-                 state: Tensor, counts: Tensor, hyper: Tensor, array: int, bl: int) -> None:
+def _apply_block(w: Tensor, held: Tensor | None, x: Tensor, d: Tensor, trains: list[tuple[int, float, float]],
+                 first_sample: int, descend: bool, state: Tensor, counts: Tensor, hyper: Tensor, array: int) -> None:
     """Pulses of at most `BLOCK_SAMPLES` samples on w, slot after slot. ``descend``: a positive product lowers w."""
     if not any(train[0] for train in trains):
         return
@@ -110,9 +121,10 @@ def _apply_block(w: Tensor, x: Tensor, d: Tensor, trains: list[tuple[int, float,
     x_fired, x_negative = _stream(x, [t[1] for t in trains], trains, key, step, first_sample, rng.counter3(rng.BIT_X, array))
     d_fired, d_negative = _stream(d, [t[2] for t in trains], trains, key, step, first_sample, rng.counter3(rng.BIT_D, array))
     p = models.device_params(hyper, array == C)
-    index = torch.arange(w.numel()).view(w.shape)
-    cells = models.cells(p, key, array, index)
-    cut = torch.zeros_like(w)
+    index = cell.index_of(w)
+    own = [w] if held is None else list(held)  # views
+    cells = [models.cells(p, key, array + plane * MINUS, index) for plane in range(len(own))]
+    cut, touched = torch.zeros_like(w), torch.zeros(w.shape, dtype=torch.bool)
     before = torch.zeros(w.shape, dtype=torch.int64)  # pulses that a cell had in this segment
     for word, start in enumerate(range(0, len(x_fired), 32)):
         slots = slice(start, start + 32)
@@ -133,12 +145,21 @@ def _apply_block(w: Tensor, x: Tensor, d: Tensor, trains: list[tuple[int, float,
         for slot in range(len(hit)):
             if not hit[slot].any():
                 continue
-            moved = w + models.delta(p, cells, w, up[slot], noise[slot])
-            kept = rng.more(rng.less(moved, cells.b_max), cells.b_min)
-            cut += torch.where(hit[slot], (moved - kept).abs(), f32(0.0))
-            w.copy_(torch.where(hit[slot], kept, w))
+            touched |= hit[slot]
+            for plane, g in enumerate(own):
+                # The cells of a pair take pulses upwards only, the first those that raise w, the second the others.
+                mine = hit[slot] & (up[slot] == (plane == 0)) if len(own) == 2 else hit[slot]
+                moved = g + models.delta(p, cells[plane], g, up[slot] | (len(own) == 2), noise[slot])
+                kept = cell.into_bounds(cells[plane], moved)
+                cut += torch.where(mine, (moved - kept).abs(), f32(0.0))
+                g.copy_(torch.where(mine, kept, g))
     if array == C:
         counts[COUNTS["lost"]] += (cut.double() * FIXED_POINT + 0.5).long().sum()
+    if len(own) == 2:
+        w.copy_(torch.where(touched, own[0] - own[1], w))
+    elif held is not None:
+        block = first_sample // BLOCK_SAMPLES
+        w.copy_(torch.where(touched, cell.shown(p, key, array, index, own[0], cell.BY_PULSES, block, step), w))
 
 
 def _count_nonfinite(counts: Tensor, step: int, samples: int) -> None:
@@ -149,10 +170,13 @@ def _count_nonfinite(counts: Tensor, step: int, samples: int) -> None:
 
 
 def pulsed_update_(w: list[Tensor], x: list[Tensor], d: list[Tensor], eta: list[Tensor], state: list[Tensor],
-                   counts: list[Tensor], hyper: list[Tensor], array: list[int], first_sample: list[int]) -> None:
+                   counts: list[Tensor], hyper: list[Tensor], array: list[int], first_sample: list[int],
+                   cells: list[Tensor] | None = None) -> None:
     """w -= eta d x^T for every sample in order, as pulses on each cell's device."""
+    given = iter(cells or ())
     for w_, x_, d_, eta_, state_, counts_, hyper_, array_, first in zip(w, x, d, eta, state, counts, hyper, array, first_sample,
                                                                       strict=True):
+        held = _deal(given, hyper_, array_)
         x_, d_, rate, tile = x_.float(), d_.float(), float(eta_), _tile(hyper_)
         granularity = float(models.device_params(hyper_, array_ == C)["granularity"])
         bl = int(tile["desired_bl"])
@@ -163,18 +187,24 @@ def pulsed_update_(w: list[Tensor], x: list[Tensor], d: list[Tensor], eta: list[
             bad += sum(not all(map(math.isfinite, (rate, *pair))) for pair in largest)
             trains = [plan_train(rate, x_max, d_max, granularity, bl, bool(tile["update_management"]),
                                  bool(tile["update_bl_management"])) for x_max, d_max in largest]
-            _apply_block(w_, xs, ds, trains, first + s0, rate >= 0, state_, counts_, hyper_, array_, bl)
+            _apply_block(w_, held, xs, ds, trains, first + s0, rate >= 0, state_, counts_, hyper_, array_)
         _count_nonfinite(counts_, int(state_[STEP]), bad)
 
 
-def _transfer_digital(a: Tensor, b: Tensor, c: Tensor, tau: float) -> None:
+def _transfer_digital(a: Tensor, b: Tensor, c: Tensor, held: Tensor | None, state: Tensor, hyper: Tensor) -> None:
+    tau, p, key = _tile(hyper)["tau"], models.device_params(hyper, True), int(state[KEY])
+    if held is not None and not p["pair"]:  # it adds to what the cells hold, not to what a read shows
+        c.copy_(held[0])
     total = torch.zeros_like(c)
     for q in range(a.shape[1]):
         total = total + a[:, q, None] * b[None, q]
     c.copy_(c + torch.tensor(tau, dtype=c.dtype) * total)
+    if p["kind"]:
+        cell.set_cells(p, key, C, cell.index_of(c), c, held, cell.BY_TRANSFER, int(state[STEP]))
 
 
-def _transfer_pulsed(a: Tensor, b: Tensor, c: Tensor, state: Tensor, counts: Tensor, hyper: Tensor, residual: bool) -> None:
+def _transfer_pulsed(a: Tensor, b: Tensor, c: Tensor, held: Tensor | None, state: Tensor, counts: Tensor, hyper: Tensor,
+                     residual: bool) -> None:
     tile, tau = _tile(hyper), _round(_tile(hyper)["tau"])
     bl, cap = int(tile["transfer_bl"]), int(tile["max_words"])
     granularity = float(models.device_params(hyper, True)["granularity"])
@@ -199,7 +229,7 @@ def _transfer_pulsed(a: Tensor, b: Tensor, c: Tensor, state: Tensor, counts: Ten
         trains += [train] * words
     for s0 in range(0, len(rows), BLOCK_SAMPLES):  # one sample of the stream for each word of each term
         block = slice(s0, s0 + BLOCK_SAMPLES)
-        _apply_block(c, b[rows[block]], a.t()[rows[block]], trains[block], s0, tau < 0, state, counts, hyper, C, bl)
+        _apply_block(c, held, b[rows[block]], a.t()[rows[block]], trains[block], s0, tau < 0, state, counts, hyper, C)
 
 
 def _residual(a: Tensor, b: Tensor, hyper: Tensor, q: int) -> Tensor:
@@ -226,52 +256,64 @@ def _orthogonalise(b: Tensor, std: float) -> None:
         b[q] = b[q].double() * math.sqrt(unit / _lane_sum(b[q].double() * b[q].double(), 32))
 
 
-def _reinit(a: Tensor, b: Tensor, state: Tensor, hyper: Tensor, residual: bool) -> None:
-    tile, key, k = _tile(hyper), int(state[KEY]), b.shape[1]
-    std = f32(tile["reinit_std"])
+def _reinit(a: Tensor, b: Tensor, held: tuple[Tensor | None, Tensor | None], state: Tensor, hyper: Tensor,
+            residual: bool) -> None:
+    tile, key, k, cycle = _tile(hyper), int(state[KEY]), b.shape[1], int(state[CYCLE])
+    std, p, orthogonal = f32(tile["reinit_std"]), models.device_params(hyper, False), int(tile["reinit"]) == _ORTHOGONAL
+    index = cell.index_of(b)
+
+    def write(rows: slice) -> None:
+        cells = None if held[1] is None else held[1][:, rows]
+        if p["kind"]:
+            cell.set_cells(p, key, B, index[rows], b[rows], cells, cell.BY_REINIT, cycle)
+
     for q in range(len(b)):
         a[:, q] = _residual(a, b, hyper, q) if residual else 0.0
         if a[:, q].any():
             continue  # B[q] still belongs to what is left in A[:, q]
-        words = rng.element_words(key, torch.arange(q * k, (q + 1) * k), 0, int(state[CYCLE]), rng.counter3(rng.REINIT, 1))
+        words = rng.element_words(key, torch.arange(q * k, (q + 1) * k), 0, cycle, rng.counter3(rng.REINIT, 1))
         if int(tile["reinit"]) == _UNIFORM:
             b[q] = std * (f32(1.7320508) * rng.fma(f32(2.0), rng.uniform(words), f32(-1.0)))
         else:
             b[q] = std * rng.normal(words)
-    if int(tile["reinit"]) == _ORTHOGONAL:
+        if not orthogonal:
+            write(slice(q, q + 1))
+    if orthogonal:
         _orthogonalise(b, tile["reinit_std"])
-    if models.device_params(hyper, False)["kind"]:
-        clip_(b, state, hyper, 1, True)
-        clip_(a, state, hyper, 0, True)
+        write(slice(None))
+    if p["kind"]:  # a stuck cell does not go to 0
+        cell.set_cells(p, key, A, cell.index_of(a), a, held[0], cell.BY_REINIT, cycle)
 
 
 def transfer_(a: list[Tensor], b: list[Tensor], c: list[Tensor], state: list[Tensor], counts: list[Tensor],
-              hyper: list[Tensor], samples: list[int], force: bool) -> None:
+              hyper: list[Tensor], samples: list[int], force: bool, cells: list[Tensor] | None = None) -> None:
     """Ends an optimizer step; where a tile is due, C += tau A B and fresh factors."""
+    given = iter(cells or ())
     for a_, b_, c_, state_, counts_, hyper_, increment in zip(a, b, c, state, counts, hyper, samples, strict=True):
         tile = _tile(hyper_)
+        held_a, held_b, held_c = (_deal(given, hyper_, array) for array in (A, B, C))
         counter = int(state_[COUNTER]) + increment
         if force or counter >= int(tile["transfer_every"]):
             mode = int(tile["transfer_mode"])
             residual = mode == _PULSED_RESIDUAL and not force
             if mode == _DIGITAL:
-                _transfer_digital(a_, b_, c_, tile["tau"])
-                if models.device_params(hyper_, True)["kind"]:
-                    clip_(c_, state_, hyper_, C, True)
+                _transfer_digital(a_, b_, c_, held_c, state_, hyper_)
             else:
-                _transfer_pulsed(a_, b_, c_, state_, counts_, hyper_, residual)
+                _transfer_pulsed(a_, b_, c_, held_c, state_, counts_, hyper_, residual)
             state_[CYCLE] += 1
             counter = 0
             counts_[COUNTS["transfers"]] += 1
-            _reinit(a_, b_, state_, hyper_, residual)
+            _reinit(a_, b_, (held_a, held_b), state_, hyper_, residual)
         state_[COUNTER] = counter
         state_[STEP] += 1
 
 
-def reinit_(a: list[Tensor], b: list[Tensor], state: list[Tensor], hyper: list[Tensor]) -> None:
+def reinit_(a: list[Tensor], b: list[Tensor], state: list[Tensor], hyper: list[Tensor],
+            cells: list[Tensor] | None = None) -> None:
     """A <- 0, B <- the draw of the present cycle."""
-    for tile in zip(a, b, state, hyper, strict=True):
-        _reinit(*tile, residual=False)
+    given = iter(cells or ())
+    for a_, b_, state_, hyper_ in zip(a, b, state, hyper, strict=True):
+        _reinit(a_, b_, (_deal(given, hyper_, A), _deal(given, hyper_, B)), state_, hyper_, residual=False)
 
 
 def digital_update_(w: list[Tensor], grad: list[Tensor], lr: list[Tensor], state: list[Tensor], counts: list[Tensor],
@@ -292,24 +334,33 @@ def pulse_scale_(eta: list[Tensor], grad: list[Tensor], first: list[Tensor], lr:
         eta_.fill_(float(lr_) * s * (_lane_sum(g * f, 1024) / square) if square != 0 else 0.0)
 
 
-def relax_(w: list[Tensor], state: list[Tensor], hyper: list[Tensor], array: list[int]) -> None:
-    """Decay and diffusion of every cell, one optimizer step."""
+def relax_(w: list[Tensor], state: list[Tensor], hyper: list[Tensor], array: list[int],
+           cells: list[Tensor] | None = None) -> None:
+    """Decay and diffusion of every cell and the refresh of pairs, one optimizer step."""
+    given = iter(cells or ())
     for w_, state_, hyper_, array_ in zip(w, state, hyper, array, strict=True):
-        index = torch.arange(w_.numel()).view(w_.shape)
-        w_.copy_(models.relax(models.device_params(hyper_, array_ == C), int(state_[KEY]), array_, index, w_, int(state_[STEP])))
+        p = models.device_params(hyper_, array_ == C)
+        cell.relax(p, int(state_[KEY]), array_, w_, _deal(given, hyper_, array_), int(state_[STEP]))
 
 
 def draw_cells(state: Tensor, hyper: Tensor, array: int, rows: int, columns: int) -> Tensor:
     """The drawn cells of an array, ``[7, rows, columns]``, in the order of `reference_devices.Cells`."""
     index = torch.arange(rows * columns).view(rows, columns)
-    cells = models.cells(models.device_params(hyper, array == C), int(state[KEY]), array, index)
+    cells = models.cells(models.device_params(hyper, array & ~MINUS == C), int(state[KEY]), array, index)
     return torch.stack(list(cells))
 
 
-def clip_(w: Tensor, state: Tensor, hyper: Tensor, array: int, write: bool) -> Tensor:
-    """Clips w to its cells' bounds (if write); returns how many cells stood at or beyond a bound."""
-    b_max, b_min = draw_cells(state, hyper, array, *w.shape)[:2]
-    count = ((w >= b_max) | (w <= b_min)).sum()
+def clip_(w: Tensor, state: Tensor, hyper: Tensor, array: int, write: bool, cells: list[Tensor] | None = None) -> Tensor:
+    """Counts the cells at a bound; ``write`` programs them to w and counts what of w is at or beyond a bound."""
+    p, key, held = models.device_params(hyper, array == C), int(state[KEY]), _deal(iter(cells or ()), hyper, array)
+    count = cell.at_bound(p, key, array, w, held, write).sum()
     if write:
-        w.copy_(rng.more(rng.less(w, b_max), b_min))
+        cell.set_cells(p, key, array, cell.index_of(w), w, held, cell.BY_SET, int(state[STEP]))
     return count
+
+
+def reset_cells_(w: Tensor, state: Tensor, hyper: Tensor, array: int, first: int, last: int, share: float, number: int,
+                 cells: list[Tensor] | None = None) -> None:
+    """Resets the cells of columns [first, last) with probability ``share``."""
+    p, held = models.device_params(hyper, array == C), _deal(iter(cells or ()), hyper, array)
+    cell.reset(p, int(state[KEY]), array, w, held, slice(first, last), share, number, int(state[STEP]))

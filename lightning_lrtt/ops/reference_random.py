@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
-DRAW, REINIT, BIT_X, BIT_D, NOISE, DIFFUSION = 1, 2, 3, 4, 5, 6  # purposes
+DRAW, REINIT, BIT_X, BIT_D, NOISE, DIFFUSION, WRITE_NOISE, RESET = range(1, 9)  # purposes
 DIRECT_SLOTS = 5  # up to here a slot takes one uniform, longer trains are sampled bit-sliced
 
 # csrc/math.h: log2 on [-0.25, 0.5), z/x by w - 3.5, z/x by sqrt(w) - 4; highest power first.
@@ -80,9 +80,9 @@ def philox(key: int, c0: Tensor | int, c1: Tensor | int, c2: Tensor | int, c3: T
     return torch.stack([x0, x1, x2, x3])
 
 
-def counter3(purpose: int, array: int) -> int:
+def counter3(purpose: int, array: int, piece: int = 0) -> int:
     """The fourth counter word."""
-    return purpose << 24 | array << 16
+    return purpose << 24 | array << 16 | piece
 
 
 def element_words(key: int, elements: Tensor, c1: int, c2: int, c3: int) -> Tensor:

@@ -7,6 +7,9 @@ Shapes, for a tile with d outputs, k inputs, rank r, and N samples in this step:
 - ``hyper`` float64 ``[H]`` on the CPU: `LRTTConfig.pack`, constants of the tile
 - ``lr`` float64 ``[]`` and ``eta`` float32 ``[]``: learning rates, on the tile's device, so that schedules reach a captured
   step
+- ``cells``, float32 ``[planes, rows, columns]``: what the cells of an array hold where that is not the weight itself
+  (`PLANES`): the persistent weight under write noise, or the two conductances of a pair. A list has one tensor for each
+  array whose device needs one, in the order of the arrays (of transfer_: A, B, C of each tile); None: none does
 - ``x`` ``[N, columns]`` and ``d`` ``[N, rows]``: operands of a pulsed update, any strides, any float dtype
 """
 
@@ -18,12 +21,15 @@ from torch import Tensor
 from lightning_lrtt._compiled import LAYOUT
 
 A, B, C = 0, 1, 2  # arrays of a tile, as the compiled core numbers them
+MINUS = 4  # added to an array: the second cells of its pairs
 KEY, STEP, COUNTER, CYCLE = range(4)  # entries of `state`
 STATE_SIZE = 4
 COUNTS: dict[str, int] = {name: i for i, name in enumerate(LAYOUT["counts"])}
 # `hyper`: the tile's numbers, then those of the fast and of the visible device.
 HYPER_SIZE = len(LAYOUT["tile"]) + 2 * len(LAYOUT["device"])
 DEVICE_KINDS = tuple(len(LAYOUT["tile"]) + i * len(LAYOUT["device"]) + LAYOUT["device"].index("kind") for i in (0, 1))
+_PAIRS = tuple(kind - LAYOUT["device"].index("kind") + LAYOUT["device"].index("pair") for kind in DEVICE_KINDS)
+_WRITE_NOISE = tuple(kind - LAYOUT["device"].index("kind") + LAYOUT["device"].index("write_noise_std") for kind in DEVICE_KINDS)
 FIXED_POINT: float = LAYOUT["fixed_point"]  # units per weight unit of the sums in `counts`
 BLOCK_SAMPLES: int = LAYOUT["block_samples"]  # `first_sample` must be a multiple of it
 CELL_NUMBERS: int = LAYOUT["cell_numbers"]  # what `draw_cells` gives of a cell
@@ -35,31 +41,49 @@ library = torch.library.Library("lrtt", "DEF")
 # w -= eta d x^T for every sample in order, as pulses on each cell's device.
 library.define(
     "pulsed_update_(Tensor(a!)[] w, Tensor[] x, Tensor[] d, Tensor[] eta, Tensor[] state, Tensor(b!)[] counts, "
-    "Tensor[] hyper, int[] array, int[] first_sample) -> ()"
+    "Tensor[] hyper, int[] array, int[] first_sample, Tensor(c!)[]? cells=None) -> ()"
 )
 # Ends an optimizer step: counter += 1 or samples; where it is due (or forced) C += tau A B, A <- 0, B <- fresh.
 library.define(
     "transfer_(Tensor(a!)[] A, Tensor(b!)[] B, Tensor(c!)[] C, Tensor(d!)[] state, Tensor(e!)[] counts, Tensor[] hyper, "
-    "int[] samples, bool force) -> ()"
+    "int[] samples, bool force, Tensor(f!)[]? cells=None) -> ()"
 )
 # A <- 0, B <- the draw of the present cycle.
-library.define("reinit_(Tensor(a!)[] A, Tensor(b!)[] B, Tensor[] state, Tensor[] hyper) -> ()")
+library.define(
+    "reinit_(Tensor(a!)[] A, Tensor(b!)[] B, Tensor[] state, Tensor[] hyper, Tensor(c!)[]? cells=None) -> ()"
+)
 # w -= lr scale grad, skipped and counted where grad is not finite.
 library.define(
     "digital_update_(Tensor(a!)[] w, Tensor[] grad, Tensor[] lr, Tensor[] state, Tensor(b!)[] counts, float[] scale) -> ()"
 )
 # eta = lr scale <grad, first> / <first, first>: the pulse learning rate follows what was done to p.grad.
 library.define("pulse_scale_(Tensor(a!)[] eta, Tensor[] grad, Tensor[] first, Tensor[] lr, float[] scale) -> ()")
-# Decay and diffusion of every cell, one optimizer step.
-library.define("relax_(Tensor(a!)[] w, Tensor[] state, Tensor[] hyper, int[] array) -> ()")
-# The drawn cells of an array: [7, rows, columns] = b_max, b_min, s_up, s_dn and the model's own three numbers.
+# Decay and diffusion of every cell and the refresh of pairs, one optimizer step.
+library.define("relax_(Tensor(a!)[] w, Tensor[] state, Tensor[] hyper, int[] array, Tensor(b!)[]? cells=None) -> ()")
+# The drawn cells of an array: [7, rows, columns] = b_max, b_min, s_up, s_dn and the model's own three numbers. array + MINUS:
+# the second cells of its pairs.
 library.define("draw_cells(Tensor state, Tensor hyper, int array, int rows, int columns) -> Tensor")
-# Clips w to its cells' bounds (if write); returns how many cells stood at or beyond a bound, int64 [].
-library.define("clip_(Tensor(a!) w, Tensor state, Tensor hyper, int array, bool write) -> Tensor")
+# Returns how many cells stand at a bound, int64 []. `write`: programs the cells to w, as far as their bounds allow, and counts
+# where w is at or beyond a bound.
+library.define(
+    "clip_(Tensor(a!) w, Tensor state, Tensor hyper, int array, bool write, Tensor(b!)[]? cells=None) -> Tensor"
+)
+# Resets the cells of columns [first, last) with probability `share`, each on its own. `number` tells the resets of one
+# optimizer step apart.
+library.define(
+    "reset_cells_(Tensor(a!) w, Tensor state, Tensor hyper, int array, int first, int last, float share, int number, "
+    "Tensor(b!)[]? cells=None) -> ()"
+)
+
+
+def planes(hyper: Tensor, array: int) -> int:
+    """How many numbers a cell of ``array`` holds beside the weight that is read: 0, 1 (write noise) or 2 (a pair)."""
+    visible = array == C
+    return 2 if hyper[_PAIRS[visible]] else int(hyper[_WRITE_NOISE[visible]] > 0)
 
 
 @torch.library.register_fake("lrtt::pulsed_update_", lib=library)
-def _(w, x, d, eta, state, counts, hyper, array, first_sample):  # type: ignore[no-untyped-def]
+def _(w, x, d, eta, state, counts, hyper, array, first_sample, cells=None):  # type: ignore[no-untyped-def]
     for array_w, array_x, array_d, first in zip(w, x, d, first_sample, strict=True):
         torch._check(array_w.dtype == torch.float32, lambda t=array_w: f"pulsed_update_: w must be float32, got {t.dtype}")
         torch._check(
@@ -73,12 +97,12 @@ def _(w, x, d, eta, state, counts, hyper, array, first_sample):  # type: ignore[
 
 
 @torch.library.register_fake("lrtt::transfer_", lib=library)
-def _(A, B, C, state, counts, hyper, samples, force):  # type: ignore[no-untyped-def]
+def _(A, B, C, state, counts, hyper, samples, force, cells=None):  # type: ignore[no-untyped-def]
     _check_tiles("transfer_", A, B, C)
 
 
 @torch.library.register_fake("lrtt::reinit_", lib=library)
-def _(A, B, state, hyper):  # type: ignore[no-untyped-def]
+def _(A, B, state, hyper, cells=None):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -98,7 +122,7 @@ def _(eta, grad, first, lr, scale):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("lrtt::relax_", lib=library)
-def _(w, state, hyper, array):  # type: ignore[no-untyped-def]
+def _(w, state, hyper, array, cells=None):  # type: ignore[no-untyped-def]
     return None
 
 
@@ -108,8 +132,13 @@ def _(state, hyper, array, rows, columns):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("lrtt::clip_", lib=library)
-def _(w, state, hyper, array, write):  # type: ignore[no-untyped-def]
+def _(w, state, hyper, array, write, cells=None):  # type: ignore[no-untyped-def]
     return state.new_empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("lrtt::reset_cells_", lib=library)
+def _(w, state, hyper, array, first, last, share, number, cells=None):  # type: ignore[no-untyped-def]
+    return None
 
 
 def _check_tiles(op: str, a_list: list[Tensor], b_list: list[Tensor], c_list: list[Tensor]) -> None:
