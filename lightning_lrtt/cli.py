@@ -14,9 +14,10 @@ from typing_extensions import override
 
 import lightning_lrtt.callbacks
 import lightning_lrtt.devices  # noqa: F401  short names in YAML: SoftBounds
-from lightning_lrtt import LRTT, LRTTStrategy, export  # noqa: F401  short names in YAML
+from lightning_lrtt import LRTT, LRTTStrategy, device_plots, export  # noqa: F401  short names in YAML
 
-_EPILOG = "Besides: `lrtt export CHECKPOINT --to FILE` makes a digital checkpoint of one with tiles (export --help)."
+_EPILOG = ("Besides: `lrtt export CHECKPOINT --to FILE` makes a digital checkpoint of one with tiles, "
+           "`lrtt device NAME --plot FILE` draws what a device does (each has --help).")
 
 
 class LRTTCLI(LightningCLI):
@@ -43,7 +44,7 @@ class LRTTCLI(LightningCLI):
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the ``lrtt`` command: LightningCLI's subcommands, and ``export``, which needs no Trainer.
+    """Entry point of the ``lrtt`` command: LightningCLI's subcommands, and two that need no Trainer.
 
     Args:
         args: Command line without the program name; None reads ``sys.argv``.
@@ -58,8 +59,9 @@ def main(args: Sequence[str] | None = None) -> None:
     # Lightning 2.6 under torch 2.13 warns about its own use of torch's pytree.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
     words = sys.argv[1:] if args is None else list(args)
-    if words[:1] == ["export"]:
-        export.main(words[1:])
+    beside = {"export": export.main, "device": device_plots.main}
+    if words and words[0] in beside:
+        beside[words[0]](words[1:])
     else:
         LRTTCLI(args=None if args is None else words, parser_kwargs={"epilog": _EPILOG})
 

@@ -46,7 +46,7 @@ DEVICES: dict[str, Device] = {
     # Gong et al. 2018, ReRAM, a looser fit of soft bounds around the symmetry point
     "reram_sb": SoftBoundsReference(
         dw_min=0.002, up_down=0.0, w_max=1.25, w_min=-0.75, mult_noise=False, dw_min_dtod=0.3, up_down_dtod=0.01,
-        w_max_dtod=0.3 / 1.25, w_min_dtod=0.3 / 0.75, dw_min_std=3.75, write_noise_std=56.0),
+        w_max_dtod=0.24, w_min_dtod=0.4, dw_min_std=3.75, write_noise_std=56.0),
     # Gong et al. 2022, ReRAM arrays: optimised material, and HfO2
     "reram_array_om": SoftBoundsReference(
         dw_min=0.0949, dw_min_dtod_log_normal=True, up_down=0.0, w_max=1.0, w_min=-1.0, mult_noise=False, dw_min_dtod=0.7829,

@@ -18,22 +18,27 @@ TABLE = agreement.load()
 # Numbers of aihwkit's models that have no counterpart here; docs/agreement.md says what they are.
 NOT_COVERED = {
     "ConstantStep": set(),
-    "ExpStep": {"dw_min_std_add", "dw_min_std_slope", "write_noise_std", "apply_write_noise_on_set"},
-    "LinearStep": {"reverse_up", "reverse_down", "reverse_offset", "write_noise_std", "apply_write_noise_on_set"},
-    "PiecewiseStep": {"write_noise_std", "apply_write_noise_on_set"},
-    "PowStep": {"write_noise_std", "apply_write_noise_on_set"},
+    "ExpStep": {"dw_min_std_add", "dw_min_std_slope"},
+    "LinearStep": {"reverse_up", "reverse_down", "reverse_offset"},
+    "OneSided": {"unit_cell_devices", "units_in_mbatch", "copy_inverted"},
+    "PiecewiseStep": set(),
+    "PowStep": set(),
     "PowStepReference": {"subtract_symmetry_point", "n_estimation_steps"},
-    "SoftBounds": {"reverse_up", "reverse_down", "reverse_offset", "write_noise_std", "apply_write_noise_on_set"},
-    "SoftBoundsPmax": {"reverse_up", "reverse_down", "reverse_offset", "write_noise_std", "apply_write_noise_on_set"},
-    "SoftBoundsReference": {"write_noise_std", "apply_write_noise_on_set"},
+    "SoftBounds": {"reverse_up", "reverse_down", "reverse_offset"},
+    "SoftBoundsPmax": {"reverse_up", "reverse_down", "reverse_offset"},
+    "SoftBoundsReference": set(),
 }
-EVERYWHERE = {"perfect_bias", "count_pulses", "reset_std"}
+EVERYWHERE = {"perfect_bias", "count_pulses"}
 KIND_OF_PRESET = {
     "capacitor": "LinearStep",
     "ecram": "LinearStep",
     "ecram_mo": "LinearStep",
     "idealized": "ConstantStep",
     "gokmen_vlasov": "ConstantStep",
+    "reram_es": "ExpStep",
+    "reram_sb": "SoftBoundsReference",
+    "reram_array_om": "SoftBoundsReference",
+    "reram_array_hfo2": "SoftBoundsReference",
 }
 
 
@@ -59,12 +64,16 @@ def test_relaxation_agrees():
     assert_within(agreement.compare_relaxation(TABLE))
 
 
+def test_reset_agrees():
+    assert_within(agreement.compare_reset(TABLE))
+
+
 @pytest.mark.parametrize("kind", NOT_COVERED)
 def test_defaults_agree(kind):
     """Every number that both sides have has the same default, and what we lack is what the docs say."""
     differ, missing = agreement.compare_defaults(TABLE["defaults"][kind], getattr(devices, kind)())
     assert not differ
-    assert missing == NOT_COVERED[kind] | EVERYWHERE
+    assert missing == NOT_COVERED[kind] | (set() if kind == "OneSided" else EVERYWHERE)
 
 
 @pytest.mark.parametrize("name", KIND_OF_PRESET)
@@ -92,3 +101,4 @@ def test_fresh_table_agrees(tmp_path):
     for name in table["trains"]:
         assert_within(agreement.compare_trains(table, name, limit=5.0))
     assert_within(agreement.compare_relaxation(table))
+    assert_within(agreement.compare_reset(table))

@@ -11,6 +11,10 @@ KS DISTANCES are taken at the stored quantiles, which makes them at most the dis
 that of the two-sample test at significance 1e-4, sqrt(-ln(1e-4 / 2) / 2 (1/n + 1/m)). Cells of a tile share the signs
 of their row and column, which leaves any two of them independent, and with it the variance of a distribution function.
 
+WEIGHTS SET BEYOND A BOUND of a device with a reference are clipped otherwise there (docs/agreement.md), and the bounds of
+the ReRAM arrays spread by up to 60%: a step of drawn cells from a set weight is not compared for these two. Drawn cells,
+steps of equal cells and the weights after 1000 pulses are.
+
 ONE CELL of a pulse train is left out of the comparison. aihwkit's CPU tiles draw uniforms with glibc's rand(), whose
 numbers obey u[n] = u[n-3] + u[n-31] mod 1, and lay 31 slots of each input and then of each output end to end: slot k of
 the last input and slot k of the first output are 31 draws apart. Slots k and k - 3 of that one cell are correlated,
@@ -28,15 +32,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import fresh_counts, fresh_state, pack, pulse
+from helpers import fresh_counts, fresh_state, pack
 from torch import Tensor
 
 from lightning_lrtt import PulseConfig, devices, presets
+from lightning_lrtt.ops import C
+from lightning_lrtt.ops.schema import MINUS
 
 TABLE = Path(__file__).with_name("aihwkit_statistics.json")
 SIDE = 384  # 147456 cells
 TRAINS = 4000
 SIGNIFICANCE = 1e-4
+SET_BEYOND_BOUNDS = ("reram_array_om", "reram_array_hfo2")  # see above
 RENAMED = {"allow_increasing": "allow_increasing_slope"}
 
 
@@ -66,11 +73,16 @@ def device(case: dict[str, Any], name: str, quiet: bool = False) -> devices.Devi
     """Our device of a case or preset; ``quiet``: without any spread from device to device."""
     if case["device"] == "preset":
         ours = presets.device(name)
+    elif case["device"] == "OneSided":
+        inner = devices.SoftBounds(**case["numbers"])
+        return devices.OneSided(device=_quiet(inner) if quiet else inner)
     else:
         numbers = {key: tuple(v) if isinstance(v, list) else v for key, v in case["numbers"].items()}
         ours = getattr(devices, case["device"])(**numbers)
-    if not quiet:
-        return ours
+    return _quiet(ours) if quiet else ours
+
+
+def _quiet(ours: devices.Device) -> devices.Device:
     kept = {f.name: getattr(ours, f.name) for f in fields(ours)}  # type: ignore[arg-type]
     spread = {name: 0.0 for name in kept if (name.endswith("_dtod") or name == "reference_std")}
     return type(ours)(**kept | spread)
@@ -88,10 +100,32 @@ def moments(values: Tensor) -> list[float]:
     return [mean, variance, math.sqrt(variance / n), math.sqrt(max(fourth - variance**2, 0.0) / n)]
 
 
-def send(w: Tensor, model: devices.Device, x: Tensor, d: Tensor, seed: int, step: int = 0) -> None:
+@dataclass
+class Held:
+    """An array: what is read, and what its cells hold beside it (`TileModule.cells`)."""
+
+    w: Tensor
+    cells: list[Tensor]
+
+    @property
+    def persistent(self) -> Tensor:
+        """What pulses act on."""
+        return self.cells[0][0] if self.cells and len(self.cells[0]) == 1 else self.w
+
+
+def programmed(model: devices.Device, side: int, value: float, seed: int) -> Held:
+    """An array whose cells were set to ``value``, as well as their bounds allow."""
+    w = torch.full((side, side), value)
+    held = Held(w, [torch.zeros(model.planes, side, side)] if model.planes else [])
+    torch.ops.lrtt.clip_(w, fresh_state(seed), pack(visible_device=model), 2, True, held.cells)
+    return held
+
+
+def send(held: Held, model: devices.Device, x: Tensor, d: Tensor, seed: int, step: int = 0) -> None:
     """One pulse a sample on every cell: kappa = 1 makes one slot with p_x = p_d = 1."""
-    rate = float(torch.tensor(model.granularity))  # float32, as the kernel divides by it
-    pulse(w, x, d, rate, pack(visible_device=model), seed=seed, step=step)
+    rate = torch.tensor(model.granularity)  # float32, as the kernel divides by it
+    torch.ops.lrtt.pulsed_update_([held.w], [x], [d], [rate], [fresh_state(seed, step)], [fresh_counts()],
+                                  [pack(visible_device=model)], [2], [0], held.cells)
 
 
 def steps(model: devices.Device, weights: list[float], seed: int) -> dict[str, list[list[float]]]:
@@ -99,28 +133,37 @@ def steps(model: devices.Device, weights: list[float], seed: int) -> dict[str, l
     result: dict[str, list[list[float]]] = {"up": [], "down": []}
     for direction, sign in (("up", -1.0), ("down", 1.0)):  # a pulse goes downwards where x d > 0
         for value in weights:
-            w = torch.full((SIDE, SIDE), value)
-            torch.ops.lrtt.clip_(w, fresh_state(seed), pack(visible_device=model), 2, True)
-            before = w.double()
-            send(w, model, torch.ones(1, SIDE), torch.full((1, SIDE), sign), seed, len(result["up"] + result["down"]))
-            result[direction].append(moments(w.double() - before))
+            held = programmed(model, SIDE, value, seed)
+            before = held.persistent.double()
+            send(held, model, torch.ones(1, SIDE), torch.full((1, SIDE), sign), seed, len(result["up"] + result["down"]))
+            result[direction].append(moments(held.persistent.double() - before))
     return result
+
+
+def write_noise(model: devices.Device, seed: int) -> dict[str, list[float]]:
+    """`aihwkit_statistics.write_noise` of ours."""
+    held = programmed(model, SIDE, 0.1, seed)
+    result = {"set": moments(held.w.double() - held.persistent.double())}
+    send(held, model, torch.ones(1, SIDE), torch.full((1, SIDE), -1.0), seed)
+    return result | {"pulse": moments(held.w.double() - held.persistent.double())}
 
 
 def walk(model: devices.Device, seed: int, side: int = 256, pulses: int = 1000) -> Tensor:
     """`aihwkit_statistics.walk` of ours, all weights."""
-    w = torch.zeros(side, side)
-    torch.ops.lrtt.clip_(w, fresh_state(seed), pack(visible_device=model), 2, True)
+    held = programmed(model, side, 0.0, seed)
     sign = torch.Generator().manual_seed(100 + seed)
     x, d = (2.0 * torch.randint(0, 2, (pulses, side), generator=sign) - 1.0 for _ in range(2))
-    send(w, model, x, d, seed)
-    return w
+    send(held, model, x, d, seed)
+    return held.persistent
 
 
-def cells(model: devices.Device, seed: int) -> dict[str, Tensor]:
+def cells(model: devices.Device, seed: int, array: int = C) -> dict[str, Tensor]:
     """What is drawn for each cell, by aihwkit's names."""
+    if isinstance(model, devices.OneSided):  # aihwkit's first device is g-
+        pair = {"_0": cells(model.device, seed, C + MINUS), "_1": cells(model.device, seed, C)}
+        return {name + suffix: drawn for suffix, one in pair.items() for name, drawn in one.items()}
     b_max, b_min, s_up, s_dn, e0, e1, e2 = torch.ops.lrtt.draw_cells(
-        fresh_state(seed), pack(visible_device=model), 2, SIDE, SIDE
+        fresh_state(seed), pack(visible_device=model), array, SIDE, SIDE
     ).double()
     # e2: we keep the bounds of the weight, aihwkit those of weight + reference
     return {
@@ -181,6 +224,13 @@ def binomial(entry: dict[str, Any], x: list[float], d: list[float]) -> list[list
     return result
 
 
+def reset(numbers: dict[str, float], probability: float) -> Tensor:
+    """`aihwkit_statistics.reset` of ours, all weights."""
+    w = torch.full((256, 256), 0.3)
+    torch.ops.lrtt.reset_cells_(w, fresh_state(1), pack(visible_device=devices.LinearStep(**numbers)), C, 0, 256, probability, 0)
+    return w
+
+
 def relaxation(numbers: dict[str, float]) -> Tensor:
     """`aihwkit_statistics.relaxation` of ours, all weights."""
     w, hyper = torch.full((256, 256), 0.3), pack(visible_device=devices.LinearStep(**numbers))
@@ -229,6 +279,9 @@ def compare_case(table: dict[str, Any], name: str, limit: float = 4.0) -> list[R
     seed = 1 + list(table["cases"]).index(name)  # draws of its own for every case
     rows = []
     for what in ("quiet", "spread"):
+        if what == "spread" and name in SET_BEYOND_BOUNDS:
+            rows += [Row(f"spread: dW {which}", 0.0, math.inf) for which in ("mean", "variance")]
+            continue
         ours = steps(device(case, name, quiet=what == "quiet"), table["grid"]["weights"], seed)
         rows += scores(
             f"{what}: dW", [(t, o) for key in ours for t, o in zip(case[what][key], ours[key], strict=True)], limit
@@ -243,6 +296,9 @@ def compare_case(table: dict[str, Any], name: str, limit: float = 4.0) -> list[R
     rows.append(ks("weights: KS", case["weights"], made["cells"], walk(model, seed)))
     gap = abs(model.granularity / case["granularity"] - 1.0)
     rows.append(Row("granularity", gap, 2e-7 + 1e-6, gap))  # float32 there, and 7 digits
+    if "write_noise" in case:
+        ours = write_noise(model, seed)
+        rows += scores("write noise:", [(case["write_noise"][key], ours[key]) for key in ours], limit)
     return rows
 
 
@@ -264,6 +320,12 @@ def compare_relaxation(table: dict[str, Any]) -> list[Row]:
     return [ks("weights: KS", table["relaxation"], table["made"]["cells"], relaxation(table["grid"]["leaky"]))]
 
 
+def compare_reset(table: dict[str, Any]) -> list[Row]:
+    """Reset with a probability."""
+    ours = reset(table["grid"]["reset"], table["grid"]["reset_probability"])
+    return [ks("weights: KS", table["reset"], table["made"]["cells"], ours)]
+
+
 def compare_defaults(theirs: dict[str, Any], ours: devices.Device) -> tuple[dict[str, tuple[Any, Any]], set[str]]:
     """Numbers that differ, by name as (theirs, ours), and names that we do not have."""
     differ, missing = {}, set()
@@ -280,6 +342,8 @@ def compare_defaults(theirs: dict[str, Any], ours: devices.Device) -> tuple[dict
 
 
 def _cell(row: Row) -> str:
+    if row.limit == math.inf:
+        return "–"
     mark = "" if row.distance <= row.limit else " **!**"
     if "KS" in row.what:
         return f"{row.distance:.4f}{mark}"
@@ -293,20 +357,26 @@ def report(table: dict[str, Any]) -> str:
         "| cells: KS | weights: KS |",
         "|---|---|---|---|---|---|",
     ]
+    noise = {}
     for name, case in table["cases"].items():
         rows = [_cell(row) for row in compare_case(table, name)]
+        noise[name] = rows[9:]
         kind = "preset" if case["device"] == "preset" else case["device"]
         lines.append(
             f"| {name} ({kind}) | {rows[0]}, {rows[1]} | {rows[2]}, {rows[3]} "
             f"| {rows[4]}, {rows[5]} | {rows[6]} | {rows[7]} |"
         )
+    lines += ["", "| write noise | mean, variance |", "|---|---|"]
+    lines += [f"| {name} | {rows[0]}, {rows[1]} |" for name, rows in noise.items() if rows]
     lines += ["", "| pulse train | kappa | managements | mean | variance |", "|---|---|---|---|---|"]
     for name, entry in table["trains"].items():
         mean, variance = (_cell(row) for row in compare_trains(table, name)[:2])
         on = " + ".join(n for n, flag in (("update", entry["um"]), ("BL", entry["ublm"])) if flag) or "none"
         lines.append(f"| {entry['kind']} | {entry['kappa']:g} | {on} | {mean} | {variance} |")
     row = compare_relaxation(table)[0]
-    lines += ["", f"Decay and diffusion, five steps: KS {_cell(row)}, limit {row.limit:.4f}.", ""]
+    again = compare_reset(table)[0]
+    lines += ["", f"Decay and diffusion, five steps: KS {_cell(row)}, limit {row.limit:.4f}. Reset with probability "
+              f"{table['grid']['reset_probability']}: KS {_cell(again)}, limit {again.limit:.4f}.", ""]
     made = table["made"]
     lines.append(
         f"aihwkit {made['aihwkit']}, torch {made['torch']}, {made['pulses']} pulses for each mean and variance, "

@@ -27,12 +27,14 @@ from typing import Any
 import aihwkit
 import numpy as np
 import torch
-from aihwkit.simulator.configs import SingleRPUConfig, UpdateParameters, devices
+from aihwkit.simulator.configs import SingleRPUConfig, UnitCellRPUConfig, UpdateParameters, devices
+from aihwkit.simulator.configs.compounds import OneSidedUnitCell
 from aihwkit.simulator.parameters.enums import PulseType
 from aihwkit.simulator.presets import devices as presets
 from aihwkit.simulator.tiles.analog import AnalogTile
 
-# name -> (model, parameters); the model's class there is called <model>Device. Bounds of soft models spread by 15% at
+# name -> (model, parameters); the model's class there is called <model>Device; of OneSided, parameters are those of the
+# SoftBounds that make up the pairs. Bounds of soft models spread by 15% at
 # most: at 30% a bound near 0 makes 1 / b_max, and with it the step, a quantity without a variance.
 _TIGHT = {"w_max_dtod": 0.15, "w_min_dtod": 0.15}
 # Models with a reference keep away from the bounds, to which aihwkit clips a weight that is set without the reference.
@@ -102,6 +104,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"dw_min": 0.01, "piecewise_up": [1.0, 0.7, 0.4, 0.1], "piecewise_down": [0.1, 0.5, 1.2, 0.9]},
     ),
     "piecewise_one": ("PiecewiseStep", {"dw_min": 0.01, "piecewise_up": [0.5], "piecewise_down": [1.5]}),
+    "soft_bounds_write_noise": ("SoftBounds", {"dw_min": 0.01, "write_noise_std": 3.0} | _TIGHT),
+    "one_sided": ("OneSided", {"dw_min": 0.01} | _TIGHT),
 }
 PRESETS = {
     "capacitor": "Capacitor",
@@ -109,6 +113,10 @@ PRESETS = {
     "ecram_mo": "EcRamMO",
     "idealized": "Idealized",
     "gokmen_vlasov": "GokmenVlasov",
+    "reram_es": "ReRamES",
+    "reram_sb": "ReRamSB",
+    "reram_array_om": "ReRamArrayOM",
+    "reram_array_hfo2": "ReRamArrayHfO2",
 }
 LEAKY = {
     "dw_min": 0.01,
@@ -119,6 +127,8 @@ LEAKY = {
     "diffusion": 0.01,
     "diffusion_dtod": 0.3,
 }
+RESET = {"dw_min": 0.01, "reset": 0.1, "reset_dtod": 0.05, "reset_std": 0.03}
+RESET_PROBABILITY = 0.7
 
 WEIGHTS = (-0.4, -0.2, 0.0, 0.2, 0.4)
 TILES, SIDE = 16, 128  # 262144 pulses for each weight and direction
@@ -135,11 +145,14 @@ def make(name: str, quiet: bool = False, seed: int = 1) -> Any:
         device = getattr(presets, PRESETS[name] + "PresetDevice")(construction_seed=seed)
     else:
         kind, parameters = CASES[name]
+        kind = "SoftBounds" if kind == "OneSided" else kind
         device = getattr(devices, kind + "Device")(construction_seed=seed, **parameters)
     if quiet:
         for field in dataclasses.fields(device):
             if field.name.endswith("_dtod") or field.name == "reference_std":
                 setattr(device, field.name, 0.0)
+    if name in CASES and CASES[name][0] == "OneSided":
+        return OneSidedUnitCell(construction_seed=seed, unit_cell_devices=[device])
     return device
 
 
@@ -152,13 +165,21 @@ def tile(device: Any, rows: int, columns: int, bl: int = 1, um: bool = False, ub
         update_bl_management=ublm,
         pulse_type=PulseType.STOCHASTIC_COMPRESSED,
     )
-    analog = AnalogTile(rows, columns, SingleRPUConfig(device=device, update=update))
+    config = UnitCellRPUConfig if isinstance(device, OneSidedUnitCell) else SingleRPUConfig
+    analog = AnalogTile(rows, columns, config(device=device, update=update))
     analog.set_learning_rate(1.0)
     return analog
 
 
 def weights(analog: AnalogTile) -> np.ndarray:
-    """A copy of the tile's weights in float64."""
+    """A copy of the tile's weights in float64; with write noise the persistent ones, on which pulses act."""
+    if getattr(analog.rpu_config.device, "write_noise_std", 0.0) > 0:
+        return analog.get_hidden_parameters()["persistent_weights"].numpy().astype(np.float64)
+    return seen(analog)
+
+
+def seen(analog: AnalogTile) -> np.ndarray:
+    """A copy of what is read, in float64."""
     return analog.get_weights()[0].detach().numpy().astype(np.float64).copy()
 
 
@@ -207,6 +228,18 @@ def walk(name: str, side: int = 256, pulses: int = 1000) -> list[float]:
     return quantiles(weights(analog), WEIGHT_QUANTILES)
 
 
+def write_noise(name: str) -> dict[str, Any]:
+    """What is read less the persistent weight: moments after setting weights, and after a pulse on every cell."""
+    noise: dict[str, list[np.ndarray]] = {"set": [], "pulse": []}
+    for seed in range(1, TILES + 1):
+        analog = tile(make(name, seed=seed), SIDE, SIDE)
+        analog.set_weights(torch.full((SIDE, SIDE), 0.1))
+        noise["set"].append(seen(analog) - weights(analog))
+        analog.update(-torch.ones(1, SIDE), torch.ones(1, SIDE))
+        noise["pulse"].append(seen(analog) - weights(analog))
+    return {key: moments(np.stack(value), TILES) for key, value in noise.items()}
+
+
 def cells(name: str) -> dict[str, dict[str, Any]]:
     """Moments and quantiles of what is drawn for each cell."""
     drawn: dict[str, list[np.ndarray]] = {}
@@ -226,8 +259,8 @@ def cells(name: str) -> dict[str, dict[str, Any]]:
     )
     return {
         key: {"moments": moments(np.stack(drawn[key])), "quantiles": quantiles(np.stack(drawn[key]), CELL_QUANTILES)}
-        for key in keep
-        if key in drawn
+        for key in drawn
+        if key.removesuffix("_0").removesuffix("_1") in keep  # of a pair, g- and g+
     }
 
 
@@ -264,6 +297,14 @@ def relaxation() -> list[float]:
     return quantiles(weights(analog), WEIGHT_QUANTILES)
 
 
+def reset() -> list[float]:
+    """Quantiles of weights after a reset with a probability, from 0.3."""
+    analog = tile(devices.LinearStepDevice(construction_seed=1, **RESET), 256, 256)
+    analog.set_weights(torch.full((256, 256), 0.3))
+    analog.reset_columns(0, 256, RESET_PROBABILITY)
+    return quantiles(weights(analog), WEIGHT_QUANTILES)
+
+
 def defaults(device: Any) -> dict[str, Any]:
     """A device's own numbers by name."""
     return {
@@ -289,10 +330,13 @@ def table() -> dict[str, Any]:
             "cells": 256**2,
             "trains": TRAINS // TILES * TILES,
         },
-        "grid": {"weights": WEIGHTS, "x": X, "d": D, "kappas": KAPPAS, "leaky": LEAKY},
+        "grid": {"weights": WEIGHTS, "x": X, "d": D, "kappas": KAPPAS, "leaky": LEAKY, "reset": RESET,
+                 "reset_probability": RESET_PROBABILITY},
         "relaxation": relaxation(),
+        "reset": reset(),
         "defaults": {
-            kind: defaults(getattr(devices, kind + "Device")()) for kind in sorted({k for k, _ in CASES.values()})
+            kind: defaults(OneSidedUnitCell() if kind == "OneSided" else getattr(devices, kind + "Device")())
+            for kind in sorted({k for k, _ in CASES.values()})
         },
         "trains": {
             f"{kind}-{load}-{'um' if um else 'no_um'}-{'ublm' if ublm else 'no_ublm'}": {
@@ -321,6 +365,8 @@ def table() -> dict[str, Any]:
             "cells": cells(name),
             "weights": walk(name),
         }
+        if getattr(make(name), "write_noise_std", 0.0) > 0:
+            result["cases"][name]["write_noise"] = write_noise(name)
     return result
 
 
