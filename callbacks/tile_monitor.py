@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_lrtt.callbacks import _tile_statistics as statistics
+from lightning_lrtt.callbacks._device_figures import log_devices
 from torch import Tensor
 from typing_extensions import override
 
@@ -50,25 +52,29 @@ class TileMonitor(Callback):
         trace: Also write one line per finished cycle, with the norms before and after its transfer, to the logger
             ``lightning_lrtt`` and as text to TensorBoard. The environment variable ``LRTT_LOG=debug`` switches it on
             too. Reads from the device at every step.
-
         curvature: The curvature of the loss in a tile's output that the warning assumes: it comes when
             ``curvature * stability`` exceeds 2. Softmax cross-entropy bends by at most 0.5 in the logits.
+        device_plots: Before training, draw each device that the tiles stand on (`device_plots.plot_response`) to TensorBoard,
+            as ``device/<name>``. Takes about a second a device, and matplotlib.
 
     Raises:
         ValueError: If ``every_n_steps`` is below 1 or ``curvature`` is not positive.
-        MisconfigurationException: At setup, if the module has no tiles, or the strategy cannot train them.
+        MisconfigurationException: At setup, if the module has no tiles, the strategy cannot train them, or
+            ``device_plots`` has no TensorBoardLogger or no matplotlib.
 
     Example:
         >>> TileMonitor(every_n_steps=10).state_key
         "TileMonitor{'every_n_steps': 10}"
     """
 
-    def __init__(self, every_n_steps: int | None = None, trace: bool = False, curvature: float = 1.0) -> None:
+    def __init__(self, every_n_steps: int | None = None, trace: bool = False, curvature: float = 1.0,
+                 device_plots: bool = False) -> None:
         if every_n_steps is not None:
             _check.integer("TileMonitor", "every_n_steps", every_n_steps, low=1)
         _check.number("TileMonitor", "curvature", curvature, above=0.0)
         self.curvature = curvature
         self.every_n_steps = every_n_steps
+        self.device_plots = device_plots
         self.trace = trace or os.environ.get("LRTT_LOG", "").lower() == "debug"
         self._tiles: dict[str, TileModule] = {}
         self._names: dict[int, str] = {}
@@ -104,6 +110,8 @@ class TileMonitor(Callback):
         if stage != "fit":
             return
         refuse_foreign(trainer, pl_module)
+        if self.device_plots:
+            _require_figures(trainer)
         self._counts, self._updates = {}, {}  # of another run; a checkpoint's come after this
         if not any(is_overridden(hook, pl_module) for hook in ("setup", "configure_model")):  # these may make layers
             self._find(pl_module)
@@ -126,6 +134,10 @@ class TileMonitor(Callback):
                 optimizer.observer = partial(self._observe, trainer, optimizer.observer)
         if self.trace:
             self._undo_logging = _show(log)
+        if self.device_plots and trainer.is_global_zero and not trainer.sanity_checking:
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    log_devices(logger, self._tiles.values(), trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -283,6 +295,16 @@ class TileMonitor(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text(f"transfer/{name}/trace", line, step)
+
+
+def _require_figures(trainer: pl.Trainer) -> None:
+    missing = None
+    if not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+        missing = "a TensorBoardLogger, which the Trainer has not; add one: Trainer(logger=TensorBoardLogger(...))"
+    elif find_spec("matplotlib") is None:
+        missing = "matplotlib, which is not installed; pip install 'lightning-lrtt[plot]'"
+    if missing:
+        raise MisconfigurationException(f"TileMonitor: device_plots=True needs {missing}, or leave it at False")
 
 
 def _show(logger: logging.Logger) -> Callable[[], None]:

@@ -1,6 +1,7 @@
 """Draws docs/device_responses.png: ``python docs/device_responses.py`` (needs matplotlib).
 
-For every model, 8 cells in grey and their mean in colour: 300 pulses up and 300 down, twice, from weight 0.
+For every model, 8 cells in grey and the mean of 400 in colour: 300 pulses up and 300 down, twice, from weight 0. The ReRAM
+presets, with write noise and more states, stand below: 1200 up and 1200 down (of the coarse arrays 60 and 60).
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from lightning_lrtt import LRTTConfig, devices
-from lightning_lrtt.ops import COUNTS, KEY, STATE_SIZE, STEP
+from lightning_lrtt import devices, presets
+from lightning_lrtt.device_plots import response
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -31,48 +32,31 @@ MODELS: dict[str, devices.Device] = {
     "PiecewiseStep": devices.PiecewiseStep(
         dw_min=0.01, piecewise_up=(1.0, 1.0, 0.2, 0.0), piecewise_down=(0.0, 0.2, 1.0, 1.0)
     ),
+    "OneSided, of SoftBounds": devices.OneSided(device=devices.SoftBounds(dw_min=0.01)),
+    "reram_es": presets.device("reram_es"),
+    "reram_sb": presets.device("reram_sb"),
+    "reram_array_om": presets.device("reram_array_om"),
+    "reram_array_hfo2": presets.device("reram_array_hfo2"),
 }
-
-
-def response(device: devices.Device) -> torch.Tensor:
-    """Weights of `CELLS` cells after each pulse, ``[4 PULSES + 1, CELLS]``."""
-    hyper = LRTTConfig(rank=1, reinit_gain=1.0, visible_device=device).pack(CELLS)
-    w, traces = torch.zeros(1, CELLS), [torch.zeros(CELLS)]
-    state = torch.zeros(STATE_SIZE, dtype=torch.int64)
-    state[KEY] = 1
-    for pulse in range(4 * PULSES):
-        state[STEP] = pulse
-        up = (pulse // PULSES) % 2 == 0
-        counts = torch.zeros(len(COUNTS), dtype=torch.int64)
-        # kappa = lr max|x| max|d| / granularity = 1: one slot that always fires, so one pulse
-        torch.ops.lrtt.pulsed_update_(
-            [w],
-            [torch.ones(1, CELLS)],
-            [torch.full((1, 1), -1.0 if up else 1.0)],
-            [torch.tensor(device.granularity)],
-            [state],
-            [counts],
-            [hyper],
-            [2],
-            [0],
-        )
-        traces.append(w[0].clone())
-    return torch.stack(traces)
+LENGTHS = {"reram_es": 1200, "reram_sb": 1200, "reram_array_om": 60, "reram_array_hfo2": 60}
 
 
 def main() -> None:
     """Draws all models."""
-    figure, axes = plt.subplots(3, 3, figsize=(9, 6.5), sharex=True, sharey=True, layout="constrained")
-    for (name, device), axis in zip(MODELS.items(), axes.flat, strict=True):
-        traces = response(device)
-        axis.plot(traces[:, :8], color="0.75", linewidth=0.5)
-        axis.plot(traces.mean(1), color="tab:blue", linewidth=1.5)
+    figure, axes = plt.subplots(5, 3, figsize=(9, 10.5), sharey=True, layout="constrained")
+    axes.flat[-1].axis("off")
+    for (name, device), axis in zip(MODELS.items(), axes.flat, strict=False):
+        pulses = LENGTHS.get(name, PULSES)
+        traces = response(device, pulses, CELLS, cycles=2, start=0.0, every=-(-pulses // PULSES))
+        number = torch.linspace(0, 4 * pulses, len(traces))
+        axis.plot(number, traces[:, :8], color="0.75", linewidth=0.5)
+        axis.plot(number, traces.mean(1), color="tab:blue", linewidth=1.5)
         axis.set_title(name, fontsize=9)
         axis.tick_params(labelsize=8)
-        axis.set_ylim(-1.1, 1.1)
+        axis.set_ylim(-1.3, 1.3)
     figure.supxlabel("pulse", fontsize=9)
     figure.supylabel("weight", fontsize=9)
-    figure.savefig(Path(__file__).with_name("device_responses.png"), dpi=72, pil_kwargs={"optimize": True})
+    figure.savefig(Path(__file__).with_name("device_responses.png"), dpi=64, pil_kwargs={"optimize": True})
 
 
 if __name__ == "__main__":

@@ -174,11 +174,13 @@ def characteristics(device: devices.Device, cells: int = 200, seed: int = 0) -> 
     size = ((up * (weights[:, None] < upper) - down * (weights[:, None] > lower)) * inside).sum(0)
     count = ((weights[:, None] < upper).float() * inside + (weights[:, None] > lower).float() * inside).sum(0)
     states = (upper - lower) / (size / count)
-    return Characteristics(weights, up, down, states, _crossing(weights, up + down))
+    room = torch.minimum(upper - weights[:, None], weights[:, None] - lower)
+    whole = room > torch.maximum(up, -down)  # neither step is cut by a bound, which would look like a crossing
+    return Characteristics(weights, up, down, states, _crossing(weights, torch.where(whole, up + down, torch.nan)))
 
 
 def _crossing(weights: Tensor, balance: Tensor) -> Tensor:
-    """Where ``up + down`` first goes from positive to not positive, linearly between the points; NaN without that."""
+    """Where the balance first goes from positive to not positive, linearly between the points; NaN without that."""
     falls = (balance[:-1] > 0) & (balance[1:] <= 0)
     at = falls.float().argmax(0)
     one, two = (balance.gather(0, (at + i)[None])[0] for i in (0, 1))

@@ -1,0 +1,35 @@
+"""Figures of the devices that tiles stand on, for TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_lrtt import presets
+from lightning_lrtt.device_plots import plot_response
+from lightning_lrtt.devices import Device
+from lightning_lrtt.nn import TileModule
+
+
+def devices_of(tiles: Iterable[TileModule]) -> dict[str, Device]:
+    """Each device of the tiles once, by a name: that of the preset, or of the class, numbered where it is not the only one."""
+    found: dict[str, Device] = {}
+    for tile in tiles:
+        for device in (tile.config.fast_device, tile.config.visible_device):
+            if device is None or device in found.values():
+                continue
+            preset = next((name for name, known in presets.DEVICES.items() if known == device), None)
+            name = base = preset or type(device).__name__
+            count = 1
+            while name in found:
+                count += 1
+                name = f"{base}_{count}"
+            found[name] = device
+    return found
+
+
+def log_devices(logger: TensorBoardLogger, tiles: Iterable[TileModule], step: int) -> None:
+    """One figure a device, as ``device/<name>``."""
+    for name, device in devices_of(tiles).items():
+        logger.experiment.add_figure(f"device/{name}", plot_response(device, name), step)
