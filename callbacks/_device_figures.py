@@ -13,7 +13,7 @@ from lightning_lrtt.nn import TileModule
 
 
 def devices_of(tiles: Iterable[TileModule]) -> dict[str, Device]:
-    """Each device of the tiles once, by a name: that of the preset, or of the class, numbered where it is not the only one."""
+    """Each device of the tiles once, by a name: that of the preset, or of the class, numbered where needed."""
     found: dict[str, Device] = {}
     for tile in tiles:
         for device in (tile.config.fast_device, tile.config.visible_device):

@@ -54,8 +54,8 @@ class TileMonitor(Callback):
             too. Reads from the device at every step.
         curvature: The curvature of the loss in a tile's output that the warning assumes: it comes when
             ``curvature * stability`` exceeds 2. Softmax cross-entropy bends by at most 0.5 in the logits.
-        device_plots: Before training, draw each device that the tiles stand on (`device_plots.plot_response`) to TensorBoard,
-            as ``device/<name>``. Takes about a second a device, and matplotlib.
+        device_plots: Before training, draw each device that the tiles stand on (`device_plots.plot_response`) to
+            TensorBoard, as ``device/<name>``. Takes about a second a device, and matplotlib.
 
     Raises:
         ValueError: If ``every_n_steps`` is below 1 or ``curvature`` is not positive.

@@ -1,4 +1,4 @@
-"""What a device does, measured on simulated cells: pulse responses, steps, number of states, symmetry points; and a figure.
+"""What a device does, measured on simulated cells: pulse responses, steps, number of states, symmetry point.
 
 The curves come from the same operators that train, so a figure shows what a tile meets. ``lrtt device NAME --plot FILE``
 draws it from the command line, ``TileMonitor(device_plots=True)`` in TensorBoard. Figures need matplotlib.
@@ -6,20 +6,17 @@ draws it from the command line, ``TileMonitor(device_plots=True)`` in TensorBoar
 
 from __future__ import annotations
 
-import argparse
-import ast
-import logging
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_lrtt import _check, devices, presets
+from lightning_lrtt import _check, devices
 from lightning_lrtt._files import replacing
 from lightning_lrtt.config import LRTTConfig
 from lightning_lrtt.ops import COUNTS, KEY, STATE_SIZE, STEP, C
@@ -27,9 +24,8 @@ from lightning_lrtt.ops import COUNTS, KEY, STATE_SIZE, STEP, C
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Characteristics", "characteristics", "find_device", "plot_response", "response", "steps"]
+__all__ = ["Characteristics", "characteristics", "mean_cell", "plot_response", "response", "save_plot", "steps"]
 
-log = logging.getLogger(__name__)
 _POINTS = 41  # weights at which steps are measured
 _RECORDS = 200  # points of a plotted response, at most, for each direction
 _SUFFIXES = (".png", ".pdf", ".svg")
@@ -55,13 +51,29 @@ class _Cells:
     def pulse(self, up: bool, count: int = 1) -> None:
         """``count`` pulses on every cell: kappa = lr max|x| max|d| / granularity = 1, one slot that always fires."""
         torch.ops.lrtt.pulsed_update_(
-            [self.w], [torch.ones(count, self.w.shape[1])], [torch.full((count, 1), -1.0 if up else 1.0)],
-            [torch.tensor(self.device.granularity)], [self.state], [self.counts], [self.hyper], [C], [0], self.held)
+            [self.w],
+            [torch.ones(count, self.w.shape[1])],
+            [torch.full((count, 1), -1.0 if up else 1.0)],
+            [torch.tensor(self.device.granularity)],
+            [self.state],
+            [self.counts],
+            [self.hyper],
+            [C],
+            [0],
+            self.held,
+        )
         self.state[STEP] += 1
 
 
-def response(device: devices.Device, pulses: int, cells: int = 200, cycles: int = 1, every: int = 1, start: float | None = None,
-             seed: int = 0) -> Tensor:
+def response(
+    device: devices.Device,
+    pulses: int,
+    cells: int = 200,
+    cycles: int = 1,
+    every: int = 1,
+    start: float | None = None,
+    seed: int = 0,
+) -> Tensor:
     """Weights as they are read during trains of ``pulses`` up and ``pulses`` down pulses.
 
     Args:
@@ -176,7 +188,10 @@ def characteristics(device: devices.Device, cells: int = 200, seed: int = 0) -> 
     states = (upper - lower) / (size / count)
     room = torch.minimum(upper - weights[:, None], weights[:, None] - lower)
     whole = room > torch.maximum(up, -down)  # neither step is cut by a bound, which would look like a crossing
-    return Characteristics(weights, up, down, states, _crossing(weights, torch.where(whole, up + down, torch.nan)))
+    balance = torch.where(
+        (up + down).abs() > 2.0**-22 * (upper - lower), up + down, 0.0
+    )  # else it is rounding of w + dw
+    return Characteristics(weights, up, down, states, _crossing(weights, torch.where(whole, balance, torch.nan)))
 
 
 def _crossing(weights: Tensor, balance: Tensor) -> Tensor:
@@ -203,12 +218,14 @@ def mean_cell(device: devices.Device) -> devices.Device:
     return _with(device, **dict.fromkeys(spread, 0.0))
 
 
-def plot_response(device: devices.Device, name: str = "", pulses: int | None = None, cells: int = 200, seed: int = 0) -> Figure:
+def plot_response(
+    device: devices.Device, name: str = "", pulses: int | None = None, cells: int = 200, seed: int = 0
+) -> Figure:
     """The figure of a device, as papers show it.
 
-    Four panels: weight against pulse number, up and down, with the band of 80% of the cells, that of 80% of the repetitions
-    on the mean cell (cycle to cycle, write noise included), and five single cells; step against weight, with the band of 80%
-    of the cells; and the distributions of the number of states and of the symmetry point.
+    Four panels: weight against pulse number, up and down, with the band of 80% of the cells, that of 80% of the
+    repetitions on the mean cell (cycle to cycle, write noise included), and five single cells; step against weight,
+    with the band of 80% of the cells; and the distributions of the number of states and of the symmetry point.
 
     Args:
         device: The model.
@@ -230,7 +247,9 @@ def plot_response(device: devices.Device, name: str = "", pulses: int | None = N
     every = -(-pulses // _RECORDS)
     drawn = response(device, pulses, cells, every=every, seed=seed)
     repeated = response(mean_cell(device), pulses, cells, every=every, seed=seed)
-    number = torch.cat([torch.arange(0, pulses, every), pulses + torch.arange(0, pulses, every), torch.tensor([2 * pulses])])
+    number = torch.cat(
+        [torch.arange(0, pulses, every), pulses + torch.arange(0, pulses, every), torch.tensor([2 * pulses])]
+    )
 
     figure = figure_type(figsize=(8.4, 6.0), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -267,8 +286,10 @@ def _matplotlib() -> type[Figure]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("plot_response: matplotlib must be installed for figures, but it is not; pip install matplotlib, or "
-                          "pip install 'lightning-lrtt[plot]'") from None
+        raise ImportError(
+            "plot_response: matplotlib must be installed for figures, but it is not; pip install matplotlib, or "
+            "pip install 'lightning-lrtt[plot]'"
+        ) from None
     return Figure
 
 
@@ -282,82 +303,14 @@ def _three(values: Tensor) -> str:
     return f"{middle:.3g} ({low:.3g} to {high:.3g})"
 
 
-# ------------------------------------------------------------------ command line
-
-
-def find_device(name: str, numbers: Sequence[str] = ()) -> devices.Device:
-    """A device by the name of a preset or of a class.
-
-    Args:
-        name: ``ecram_mo``, ``SoftBounds``, ...
-        numbers: ``field=value`` each, over the preset's or the class's own. Of ``OneSided``, ``device`` is a name like this.
-
-    Raises:
-        ValueError: If there is no such device or field, or the value is refused.
-
-    Example:
-        >>> find_device("SoftBounds", ["dw_min=0.01"]).dw_min
-        0.01
-    """
-    classes = [n for n in devices.__all__ if n not in ("Device", "PulsedDevice")]
-    _check.choice("lrtt device", "NAME", name, [*presets.DEVICES, *classes])
-    device: Any = presets.DEVICES[name] if name in presets.DEVICES else getattr(devices, name)()
-    known = [f.name for f in fields(device)]
-    changes: dict[str, Any] = {}
-    for entry in numbers:
-        field, equals, text = entry.partition("=")
-        if not equals or field not in known:
-            raise _check.fail("lrtt device", "--set", f"field=value with a field of {type(device).__name__}", entry,
-                              f"its fields: {', '.join(known)}")
-        if field == "device":
-            changes[field] = find_device(text)
-            continue
-        try:
-            changes[field] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            raise _check.fail("lrtt device", f"--set {field}", "a number, True, False or a tuple of numbers", text) from None
-    return replace(device, **changes)  # type: ignore[no-any-return]
-
-
-def main(args: Sequence[str]) -> None:
-    """The subcommand ``lrtt device``.
-
-    Args:
-        args: Command line after ``device``.
-    """
-    parser = argparse.ArgumentParser(
-        prog="lrtt device", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Say what a device does, and draw it: pulse response, steps, number of states, symmetry point.",
-        epilog="examples:\n"
-               "  lrtt device reram_es --plot reram_es.png\n"
-               "  lrtt device SoftBounds --set dw_min=0.01 --set w_max=1.0 --plot soft.svg\n"
-               "  lrtt device OneSided --set device=ecram --plot pair.png\n\n"
-               f"presets: {', '.join(presets.DEVICES)}\n"
-               f"models: {', '.join(n for n in devices.__all__ if n not in ('Device', 'PulsedDevice'))}")
-    parser.add_argument("name", metavar="NAME", help="preset or model")
-    parser.add_argument("--plot", metavar="FILE", help="figure to write, *.png, *.pdf or *.svg; replaced if it is there")
-    parser.add_argument("--set", metavar="FIELD=VALUE", action="append", default=[], help="another number of the device")
-    parser.add_argument("--pulses", type=int, help="length of the trains (default: 1.5 times the number of states)")
-    parser.add_argument("--cells", type=int, default=200, help="how many cells to draw (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws and the noise (default: 0)")
-    given = parser.parse_args(args)
-    try:
-        device = find_device(given.name, given.set)
-        _check.integer("lrtt device", "--cells", given.cells, low=2, high=1_000_000)
-        _check.integer("lrtt device", "--seed", given.seed, low=0, high=2**63 - 1)
-        if given.pulses is not None:
-            _check.integer("lrtt device", "--pulses", given.pulses, low=1)
-        log.info("%s: %s", given.name, device)
-        log.info("%s; granularity %.4g", characteristics(device, given.cells, given.seed), device.granularity)
-        if given.plot:
-            save_plot(device, given.plot, given.name, given.pulses, given.cells, given.seed)
-            log.info("lrtt device: wrote %s", given.plot)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        parser.exit(1, f"{error}\n")
-
-
-def save_plot(device: devices.Device, path: str | os.PathLike[str], name: str = "", pulses: int | None = None, cells: int = 200,
-              seed: int = 0) -> None:
+def save_plot(
+    device: devices.Device,
+    path: str | os.PathLike[str],
+    name: str = "",
+    pulses: int | None = None,
+    cells: int = 200,
+    seed: int = 0,
+) -> None:
     """Write the figure of `plot_response`; the file appears whole or not at all.
 
     Args:

@@ -19,16 +19,29 @@ DEVICES: dict[str, devices.Device] = {
     "noisy-exp": presets.device("reram_es"),
     "noisy-reference": presets.device("reram_sb"),
     "noisy-array": presets.device("reram_array_om"),
-    "noisy-soft": devices.SoftBounds(dw_min=0.01, write_noise_std=3.0, corrupt_devices_prob=0.1, reset=0.1, reset_dtod=0.1),
-    "noisy-not-on-set": devices.ConstantStep(dw_min=0.01, write_noise_std=3.0, apply_write_noise_on_set=False, reset_std=0.2),
+    "noisy-soft": devices.SoftBounds(
+        dw_min=0.01, write_noise_std=3.0, corrupt_devices_prob=0.1, reset=0.1, reset_dtod=0.1
+    ),
+    "noisy-not-on-set": devices.ConstantStep(
+        dw_min=0.01, write_noise_std=3.0, apply_write_noise_on_set=False, reset_std=0.2
+    ),
     "noisy-leaky": devices.LinearStep(dw_min=0.01, write_noise_std=2.0, lifetime=5.0, reset=0.1, diffusion=0.01),
-    "pair": devices.OneSided(device=devices.SoftBounds(dw_min=0.01, corrupt_devices_prob=0.1, reset=0.05, reset_dtod=0.05)),
+    "pair": devices.OneSided(
+        device=devices.SoftBounds(dw_min=0.01, corrupt_devices_prob=0.1, reset=0.05, reset_dtod=0.05)
+    ),
     "pair-refresh": devices.OneSided(
         device=devices.LinearStep(dw_min=0.01, gamma_up=0.4, lifetime=9.0, diffusion=0.005),
-        refresh_every=2, refresh_upper_thres=0.3, refresh_lower_thres=0.1,
+        refresh_every=2,
+        refresh_upper_thres=0.3,
+        refresh_lower_thres=0.1,
     ),
-    "pair-exp": devices.OneSided(device=devices.ExpStep(dw_min=0.005), refresh_every=1, refresh_max_pulses=3,
-                                 refresh_upper_thres=0.2, refresh_lower_thres=0.1),
+    "pair-exp": devices.OneSided(
+        device=devices.ExpStep(dw_min=0.005),
+        refresh_every=1,
+        refresh_max_pulses=3,
+        refresh_upper_thres=0.2,
+        refresh_lower_thres=0.1,
+    ),
 }
 SHAPES = {"square": (16, 16), "wide": (3, 70), "tall": (67, 5)}
 PLAIN = devices.SoftBounds(dw_min=0.01)
@@ -69,8 +82,18 @@ def test_update_equals_reference(device, shape):
     x, d = randn(1, samples, n) * (randn(5, samples, n) > 1.5), randn(2, samples, m)
 
     def run(ops, w, cells, counts):
-        ops.pulsed_update_([w], [x], [d], [torch.tensor(0.05 * model.granularity)], [fresh_state(1, 7)], [counts], [hyper], [1],
-                           [0], [cells])
+        ops.pulsed_update_(
+            [w],
+            [x],
+            [d],
+            [torch.tensor(0.05 * model.granularity)],
+            [fresh_state(1, 7)],
+            [counts],
+            [hyper],
+            [1],
+            [0],
+            [cells],
+        )
 
     _w, _cells, counts = both(run, 0.3 * randn(0, m, n), *held(model, m, n), fresh_counts())
     assert counts[COUNTS["pulses_b"]] > 0
@@ -85,8 +108,9 @@ def test_update_in_chunks_of_whole_blocks_equals_one_call():
     for chunks in ([(0, 1100)], [(0, 512), (512, 1024), (1024, 1100)]):
         w, cells, counts = torch.zeros(9, 12), torch.zeros(1, 9, 12), fresh_counts()
         for s, e in chunks:
-            OPS.pulsed_update_([w], [x[s:e]], [d[s:e]], [torch.tensor(0.001)], [fresh_state()], [counts], [hyper], [2], [s],
-                               [cells])
+            OPS.pulsed_update_(
+                [w], [x[s:e]], [d[s:e]], [torch.tensor(0.001)], [fresh_state()], [counts], [hyper], [2], [s], [cells]
+            )
         results.append([w, cells, counts])
     assert_same(*results)
 
@@ -97,11 +121,20 @@ def test_transfer_equals_reference(visible, mode):
     """With a plain and with such a device under A and B, within and beyond the cap."""
     for fast, scale in ((PLAIN, 0.05), (DEVICES["noisy-soft"], 3.0), (DEVICES["pair"], 3.0)):
         model = DEVICES[visible]
-        hyper = pack(21, rank=3, visible_device=model, fast_device=fast, transfer_mode=mode, transfer_every=1,
-                     transfer_max_words=2)
+        hyper = pack(
+            21,
+            rank=3,
+            visible_device=model,
+            fast_device=fast,
+            transfer_mode=mode,
+            transfer_every=1,
+            transfer_max_words=2,
+        )
         state = fresh_state(5, 11)
         state[CYCLE] = 3
-        cells = [c for device, shape in ((fast, (18, 3)), (fast, (3, 21)), (model, (18, 21))) for c in held(device, *shape)]
+        cells = [
+            c for device, shape in ((fast, (18, 3)), (fast, (3, 21)), (model, (18, 21))) for c in held(device, *shape)
+        ]
 
         def run(ops, a, b, c, state, counts, *cells, hyper=hyper):
             ops.transfer_([a], [b], [c], [state], [counts], [hyper], [1], False, list(cells))
@@ -151,8 +184,18 @@ def test_results_do_not_depend_on_the_number_of_threads():
                 model = DEVICES[name]
                 hyper, state = pack(300, visible_device=model), fresh_state(1, 1)
                 w, cells = 0.3 * randn(0, 120, 300), held(model, 120, 300)
-                OPS.pulsed_update_([w], [randn(1, 40, 300)], [randn(2, 40, 120)], [torch.tensor(0.01)], [state],
-                                   [fresh_counts()], [hyper], [2], [0], cells)
+                OPS.pulsed_update_(
+                    [w],
+                    [randn(1, 40, 300)],
+                    [randn(2, 40, 120)],
+                    [torch.tensor(0.01)],
+                    [state],
+                    [fresh_counts()],
+                    [hyper],
+                    [2],
+                    [0],
+                    cells,
+                )
                 OPS.relax_([w], [state], [hyper], [2], cells)
                 OPS.reset_cells_(w, state, hyper, C, 3, 200, 0.5, 0, cells)
                 OPS.clip_(w, state, hyper, C, True, cells)
@@ -168,35 +211,61 @@ def test_opcheck():
     model = DEVICES["noisy-soft"]
     hyper, w, cells = pack(12, rank=2, visible_device=model), torch.zeros(9, 12), [torch.zeros(1, 9, 12)]
     calls = {
-        OPS.pulsed_update_.default: ([w], [randn(3, 5, 12)], [randn(4, 5, 9)], [torch.tensor(0.1)], [fresh_state()],
-                                     [fresh_counts()], [hyper], [2], [0], cells),
+        OPS.pulsed_update_.default: (
+            [w],
+            [randn(3, 5, 12)],
+            [randn(4, 5, 9)],
+            [torch.tensor(0.1)],
+            [fresh_state()],
+            [fresh_counts()],
+            [hyper],
+            [2],
+            [0],
+            cells,
+        ),
         OPS.relax_.default: ([w], [fresh_state()], [hyper], [2], cells),
         OPS.clip_.default: (w, fresh_state(), hyper, 2, True, cells),
         OPS.reset_cells_.default: (w, fresh_state(), hyper, 2, 0, 12, 1.0, 0, cells),
-        OPS.transfer_.default: ([randn(1, 9, 2)], [randn(2, 2, 12)], [w], [fresh_state()], [fresh_counts()], [hyper], [1], True,
-                                cells),
+        OPS.transfer_.default: (
+            [randn(1, 9, 2)],
+            [randn(2, 2, 12)],
+            [w],
+            [fresh_state()],
+            [fresh_counts()],
+            [hyper],
+            [1],
+            True,
+            cells,
+        ),
     }
     for op, arguments in calls.items():
         torch.library.opcheck(op, arguments)
 
 
-@pytest.mark.parametrize(("cells", "message"), [
-    (None, r"cells must have a tensor \[1, 9, 12\] for array 2, whose device has write noise, got 0 tensors"),
-    ([torch.zeros(2, 9, 12)], r"cells must be \[1, 9, 12\], got \[2, 9, 12\]"),
-    ([torch.zeros(1, 9, 12), torch.zeros(1, 9, 12)], "cells must be as many as arrays that need them, 1, got 2"),
-], ids=["missing", "shape", "too_many"])
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        (None, r"cells must have a tensor \[1, 9, 12\] for array 2, whose device has write noise, got 0 tensors"),
+        ([torch.zeros(2, 9, 12)], r"cells must be \[1, 9, 12\], got \[2, 9, 12\]"),
+        ([torch.zeros(1, 9, 12), torch.zeros(1, 9, 12)], "cells must be as many as arrays that need them, 1, got 2"),
+    ],
+    ids=["missing", "shape", "too_many"],
+)
 def test_wrong_cells_are_refused(cells, message):
     hyper = pack(12, visible_device=DEVICES["noisy-soft"])
     with pytest.raises(ValueError, match=message):
         kernels.clip_(torch.zeros(9, 12), fresh_state(), hyper, 2, False, cells)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ((3, 2, 1.0, 0), "first and last must be columns"),
-    ((0, 13, 1.0, 0), "first and last must be columns"),
-    ((0, 12, 1.5, 0), "share must be >= 0 and <= 1, got 1.5"),
-    ((0, 12, 1.0, -1), "number must be >= 0"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3, 2, 1.0, 0), "first and last must be columns"),
+        ((0, 13, 1.0, 0), "first and last must be columns"),
+        ((0, 12, 1.5, 0), "share must be >= 0 and <= 1, got 1.5"),
+        ((0, 12, 1.0, -1), "number must be >= 0"),
+    ],
+)
 def test_wrong_resets_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         kernels.reset_cells_(torch.zeros(9, 12), fresh_state(), pack(12, visible_device=PLAIN), 2, *arguments)
@@ -209,8 +278,18 @@ def pulses(w, cells, device, n, direction=1, step=0, columns=None):
     """``n`` pulses on every cell of some columns (all): kappa = 1 makes one slot that always fires."""
     x = torch.zeros(n, w.shape[1])
     x[:, columns if columns is not None else slice(None)] = 1.0
-    OPS.pulsed_update_([w], [x], [torch.full((n, w.shape[0]), -float(direction))], [torch.tensor(device.granularity)],
-                       [fresh_state(0, step)], [fresh_counts()], [pack(visible_device=device)], [2], [0], cells)
+    OPS.pulsed_update_(
+        [w],
+        [x],
+        [torch.full((n, w.shape[0]), -float(direction))],
+        [torch.tensor(device.granularity)],
+        [fresh_state(0, step)],
+        [fresh_counts()],
+        [pack(visible_device=device)],
+        [2],
+        [0],
+        cells,
+    )
 
 
 def test_write_noise_does_not_act_on_the_persistent_weight():
@@ -245,7 +324,9 @@ def test_write_noise_is_drawn_when_the_cell_is_written():
 @pytest.mark.parametrize("on_set", [True, False])
 def test_write_noise_of_a_set(on_set):
     """Programming cells draws write noise, unless the device says otherwise."""
-    device = quiet(devices.ConstantStep, dw_min=0.01, write_noise_std=3.0, w_max=9.0, w_min=-9.0, apply_write_noise_on_set=on_set)
+    device = quiet(
+        devices.ConstantStep, dw_min=0.01, write_noise_std=3.0, w_max=9.0, w_min=-9.0, apply_write_noise_on_set=on_set
+    )
     w, cells = torch.full((200, 200), 0.5), [torch.zeros(1, 200, 200)]
     OPS.clip_(w, fresh_state(), pack(visible_device=device), C, True, cells)
     assert same_bits(cells[0][0], torch.full((200, 200), 0.5))
@@ -259,7 +340,9 @@ def test_digital_transfer_adds_to_the_persistent_weight():
     hyper = pack(6, rank=2, visible_device=device, transfer_mode="digital", transfer_every=1)
     c, cells, state = torch.zeros(5, 6), [0.1 * torch.ones(1, 5, 6)], fresh_state()
     for _ in range(3):
-        OPS.transfer_([torch.zeros(5, 2)], [torch.ones(2, 6)], [c], [state], [fresh_counts()], [hyper], [1], False, cells)
+        OPS.transfer_(
+            [torch.zeros(5, 2)], [torch.ones(2, 6)], [c], [state], [fresh_counts()], [hyper], [1], False, cells
+        )
     assert same_bits(cells[0], 0.1 * torch.ones(1, 5, 6))
     assert float((c - 0.1).abs().min()) > 0
 
@@ -288,7 +371,9 @@ def test_cells_of_a_pair_are_drawn_apart():
 
 def test_a_full_pair_is_refreshed():
     """g+ = .5, g- = .2 of w_max = .6 is beyond .75 and .25: reset to 0, then 0.3 in steps of 1/128 on g+, verified."""
-    device = devices.OneSided(device=devices.Ideal(dw_min=2.0**-7, w_max=0.6, w_min=-0.6, reset_std=0.0), refresh_every=3)
+    device = devices.OneSided(
+        device=devices.Ideal(dw_min=2.0**-7, w_max=0.6, w_min=-0.6, reset_std=0.0), refresh_every=3
+    )
     hyper, state = pack(visible_device=device), fresh_state()
     cells = torch.tensor([[[0.5, 0.5, 0.1]], [[0.2, 0.1, 0.05]]])
     w = cells[0] - cells[1]
@@ -302,7 +387,9 @@ def test_a_full_pair_is_refreshed():
 
 
 def test_an_unfinished_refresh_ends_after_its_pulses():
-    device = devices.OneSided(device=devices.Ideal(dw_min=2.0**-7, reset_std=0.0), refresh_every=1, refresh_max_pulses=5)
+    device = devices.OneSided(
+        device=devices.Ideal(dw_min=2.0**-7, reset_std=0.0), refresh_every=1, refresh_max_pulses=5
+    )
     cells = torch.tensor([[[0.4]], [[0.9]]])
     w = cells[0] - cells[1]
     OPS.relax_([w], [fresh_state()], [pack(visible_device=device)], [C], [cells])
@@ -346,18 +433,43 @@ def test_reset_with_a_probability():
 # ------------------------------------------------------------------ bad arguments
 
 
-@pytest.mark.parametrize(("make", "error", "message"), [
-    (lambda: devices.SoftBounds(write_noise_std=-1.0), ValueError, "SoftBounds: write_noise_std must be finite and >= 0, got -1.0"),
-    (lambda: devices.SoftBounds(reset_std=-0.1), ValueError, "SoftBounds: reset_std must be finite and >= 0, got -0.1"),
-    (lambda: devices.OneSided(device=devices.SoftBounds(write_noise_std=1.0)), ValueError,
-     "OneSided: device.write_noise_std must be 0, got 1.0"),
-    (lambda: devices.OneSided(device=devices.OneSided()), TypeError, "OneSided: device must be a single device"),
-    (lambda: devices.OneSided(device=devices.SoftBounds(w_max=0.0)), ValueError, "OneSided: device.w_max must be > 0, got 0.0"),
-    (lambda: devices.OneSided(refresh_every=-1), ValueError, "OneSided: refresh_every must be between 0 and 16777216, got -1"),
-    (lambda: devices.OneSided(refresh_upper_thres=1.5), ValueError,
-     "OneSided: refresh_upper_thres must be finite and >= 0 and <= 1, got 1.5"),
-    (lambda: devices.OneSided(refresh_max_pulses=0), ValueError, "OneSided: refresh_max_pulses must be between 1"),
-])
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: devices.SoftBounds(write_noise_std=-1.0),
+            ValueError,
+            "SoftBounds: write_noise_std must be finite and >= 0, got -1.0",
+        ),
+        (
+            lambda: devices.SoftBounds(reset_std=-0.1),
+            ValueError,
+            "SoftBounds: reset_std must be finite and >= 0, got -0.1",
+        ),
+        (
+            lambda: devices.OneSided(device=devices.SoftBounds(write_noise_std=1.0)),
+            ValueError,
+            "OneSided: device.write_noise_std must be 0, got 1.0",
+        ),
+        (lambda: devices.OneSided(device=devices.OneSided()), TypeError, "OneSided: device must be a single device"),
+        (
+            lambda: devices.OneSided(device=devices.SoftBounds(w_max=0.0)),
+            ValueError,
+            "OneSided: device.w_max must be > 0, got 0.0",
+        ),
+        (
+            lambda: devices.OneSided(refresh_every=-1),
+            ValueError,
+            "OneSided: refresh_every must be between 0 and 16777216, got -1",
+        ),
+        (
+            lambda: devices.OneSided(refresh_upper_thres=1.5),
+            ValueError,
+            "OneSided: refresh_upper_thres must be finite and >= 0 and <= 1, got 1.5",
+        ),
+        (lambda: devices.OneSided(refresh_max_pulses=0), ValueError, "OneSided: refresh_max_pulses must be between 1"),
+    ],
+)
 def test_refused_numbers(make, error, message):
     with pytest.raises(error, match=message):
         make()

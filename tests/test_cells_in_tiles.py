@@ -23,8 +23,15 @@ CONFIGS = {
     "pair": LRTTConfig(rank=2, transfer_every=3, reinit_gain=1.0, fast_device=PAIR, visible_device=PAIR),
     "visible_pair": LRTTConfig(rank=2, transfer_every=3, visible_device=PAIR),
     "noisy_digital_transfer": LRTTConfig(rank=2, transfer_every=3, visible_device=NOISY, transfer_mode="digital"),
-    "residual": LRTTConfig(rank=2, transfer_every=3, reinit_gain=1.0, fast_device=NOISY, visible_device=PAIR,
-                           transfer_mode="pulsed_residual", transfer_max_words=1),
+    "residual": LRTTConfig(
+        rank=2,
+        transfer_every=3,
+        reinit_gain=1.0,
+        fast_device=NOISY,
+        visible_device=PAIR,
+        transfer_mode="pulsed_residual",
+        transfer_max_words=1,
+    ),
 }
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 

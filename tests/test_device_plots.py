@@ -14,7 +14,7 @@ from lightning_helpers import Net, loader, trainer
 from lightning_lrtt.callbacks import TileMonitor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_lrtt import LRTTConfig, device_plots, devices, presets
+from lightning_lrtt import LRTTConfig, device_command, device_plots, devices, presets
 from lightning_lrtt.cli import main
 
 
@@ -38,7 +38,9 @@ def test_a_pair_starts_at_zero_and_fills_up():
 
 
 def test_steps_are_without_noise_and_of_the_same_cells():
-    device = devices.LinearStep(dw_min=0.01, dw_min_std=2.0, write_noise_std=3.0, gamma_up=0.5, gamma_up_dtod=0.0, w_max_dtod=0.0)
+    device = devices.LinearStep(
+        dw_min=0.01, dw_min_std=2.0, write_noise_std=3.0, gamma_up=0.5, gamma_up_dtod=0.0, w_max_dtod=0.0
+    )
     up, down = device_plots.steps(device, [0.0, 0.3], cells=50)
     # at 0.3 of w_max 0.6 the up step is 1 - 0.5 * 0.5 of that at 0; a step of 0.01 is rounded at 0.3 by 2^-25 = 3e-6 of it
     assert torch.allclose(up[1] / up[0], torch.full((50,), 0.75), rtol=1e-4)
@@ -50,7 +52,9 @@ def test_number_of_states_and_symmetry_point():
     """ConstantStep: the width of the range by the step. SoftBounds of unequal steps: up = down where
     s_up (1 - w / b) = s_dn (1 + w / b), at w = b (s_up - s_dn) / (s_up + s_dn); the grid interpolates a line exactly.
     """
-    constant = device_plots.characteristics(quiet(devices.ConstantStep, dw_min=0.0078125, w_max=0.5, w_min=-0.5), cells=3)
+    constant = device_plots.characteristics(
+        quiet(devices.ConstantStep, dw_min=0.0078125, w_max=0.5, w_min=-0.5), cells=3
+    )
     assert constant.states.tolist() == [128.0] * 3
     assert constant.symmetry_point.isnan().all()
     assert str(constant) == "number of states 128 (128 to 128); symmetry point none"
@@ -69,14 +73,21 @@ def test_the_reference_moves_the_symmetry_point_to_zero():
     assert float(inner) == pytest.approx(0.05, rel=0.2)  # the grid is 0.05 wide
 
 
-@pytest.mark.parametrize("device", [devices.ExpStep(), devices.OneSided(), presets.device("reram_sb")], ids=["exp", "pair", "noisy"])
+@pytest.mark.parametrize(
+    "device", [devices.ExpStep(), devices.OneSided(), presets.device("reram_sb")], ids=["exp", "pair", "noisy"]
+)
 def test_figures(device):
     """Four panels whose curves are the measured ones."""
     pytest.importorskip("matplotlib", reason="figures need it")
     figure = device_plots.plot_response(device, "a name", pulses=20, cells=30)
     assert figure.get_suptitle() == "a name"
     panels = figure.axes
-    assert [panel.get_xlabel() for panel in panels] == ["pulse: 20 up, 20 down", "weight", "number of states", "symmetry point"]
+    assert [panel.get_xlabel() for panel in panels] == [
+        "pulse: 20 up, 20 down",
+        "weight",
+        "number of states",
+        "symmetry point",
+    ]
     single = torch.from_numpy(panels[0].lines[0].get_ydata())
     assert torch.equal(single, device_plots.response(device, 20, 30)[:, 0])
     assert panels[0].lines[0].get_xdata()[-1] == 40
@@ -87,23 +98,43 @@ def test_command_writes_the_figure(tmp_path, caplog, suffix):
     pytest.importorskip("matplotlib", reason="figures need it")
     target = tmp_path / f"out.{suffix}"
     caplog.set_level(logging.INFO)
-    main(["device", "OneSided", "--set", "device=ecram", "--set", "refresh_every=10", "--plot", str(target), "--cells", "20",
-          "--pulses", "30"])
+    main(
+        [
+            "device",
+            "OneSided",
+            "--set",
+            "device=ecram",
+            "--set",
+            "refresh_every=10",
+            "--plot",
+            str(target),
+            "--cells",
+            "20",
+            "--pulses",
+            "30",
+        ]
+    )
     assert target.read_bytes()[:4] in (b"\x89PNG", b"<?xm")
     assert [file.name for file in tmp_path.iterdir()] == [target.name]
     assert "number of states" in caplog.text
     assert "refresh_every=10" in caplog.text
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["flash"], "lrtt device: NAME must be one of 'capacitor'"),
-    (["ecram", "--set", "dw=1"], "--set must be field=value with a field of LinearStep, got 'dw=1'"),
-    (["ecram", "--set", "dw_min=-1"], "LinearStep: dw_min must be finite and > 0, got -1"),
-    (["ecram", "--set", "dw_min=x"], "--set dw_min must be a number, True, False or a tuple of numbers, got 'x'"),
-    (["ecram", "--cells", "1"], "--cells must be between 2 and 1000000, got 1"),
-    (["ecram", "--pulses", "0"], "--pulses must be >= 1, got 0"),
-    (["ecram", "--plot", "x.bmp", "--cells", "2"], "save_plot: path must be a file named *.png, *.pdf, *.svg, got 'x.bmp'"),
-])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["flash"], "lrtt device: NAME must be one of 'capacitor'"),
+        (["ecram", "--set", "dw=1"], "--set must be field=value with a field of LinearStep, got 'dw=1'"),
+        (["ecram", "--set", "dw_min=-1"], "LinearStep: dw_min must be finite and > 0, got -1"),
+        (["ecram", "--set", "dw_min=x"], "--set dw_min must be a number, True, False or a tuple of numbers, got 'x'"),
+        (["ecram", "--cells", "1"], "--cells must be between 2 and 1000000, got 1"),
+        (["ecram", "--pulses", "0"], "--pulses must be >= 1, got 0"),
+        (
+            ["ecram", "--plot", "x.bmp", "--cells", "2"],
+            "save_plot: path must be a file named *.png, *.pdf, *.svg, got 'x.bmp'",
+        ),
+    ],
+)
 def test_command_refuses(capsys, words, message):
     with pytest.raises(SystemExit) as end:
         main(["device", *words])
@@ -112,14 +143,18 @@ def test_command_refuses(capsys, words, message):
 
 
 def test_find_device_takes_tuples_and_booleans():
-    found = device_plots.find_device("PiecewiseStep", ["piecewise_up=(1.0, 0.5)", "piecewise_down=(0.5, 1.0)", "enforce_consistency=False"])
+    found = device_command.find_device(
+        "PiecewiseStep", ["piecewise_up=(1.0, 0.5)", "piecewise_down=(0.5, 1.0)", "enforce_consistency=False"]
+    )
     assert found == devices.PiecewiseStep(piecewise_up=(1.0, 0.5), piecewise_down=(0.5, 1.0), enforce_consistency=False)
 
 
 def test_monitor_draws_each_device_once(tmp_path: Path):
     """Two tiles with two devices: two images, before the first step."""
     pytest.importorskip("matplotlib", reason="figures need it")
-    config = LRTTConfig(rank=2, reinit_gain=1.0, fast_device=devices.SoftBounds(dw_min=0.01), visible_device=presets.device("ecram"))
+    config = LRTTConfig(
+        rank=2, reinit_gain=1.0, fast_device=devices.SoftBounds(dw_min=0.01), visible_device=presets.device("ecram")
+    )
     trainer(tmp_path, [TileMonitor(device_plots=True)], config, limit_train_batches=1).fit(Net(), loader(2))
     read = EventAccumulator(str(tmp_path / "run" / "version_0"), size_guidance={"images": 0}).Reload()
     assert sorted(read.Tags()["images"]) == ["device/SoftBounds", "device/ecram"]

@@ -52,10 +52,17 @@ class OneSided(Device):
         if not isinstance(self.device, Device) or isinstance(self.device, OneSided):
             raise TypeError(f"OneSided: device must be a single device of lightning_lrtt.devices, got {self.device!r}")
         if self.device.planes:
-            raise _check.fail("OneSided", "device.write_noise_std", "0", self.device.numbers()["write_noise_std"],
-                              "a pair keeps its two conductances as they are read")
+            raise _check.fail(
+                "OneSided",
+                "device.write_noise_std",
+                "0",
+                self.device.numbers()["write_noise_std"],
+                "a pair keeps its two conductances as they are read",
+            )
         if self.device.numbers()["w_max"] <= 0:
-            raise _check.fail("OneSided", "device.w_max", "> 0", self.device.numbers()["w_max"], "pulses go upwards only")
+            raise _check.fail(
+                "OneSided", "device.w_max", "> 0", self.device.numbers()["w_max"], "pulses go upwards only"
+            )
         _check.integer("OneSided", "refresh_every", self.refresh_every, low=0, high=2**24)
         _check.integer("OneSided", "refresh_max_pulses", self.refresh_max_pulses, low=1, high=2**24)
         for name in ("refresh_upper_thres", "refresh_lower_thres"):

@@ -39,10 +39,17 @@ class PiecewiseStep(PulsedDevice):
             for node in nodes:
                 _check.number(owner, name, node, low=0.0)
         if len(self.piecewise_up) != len(self.piecewise_down):
-            raise _check.fail(owner, "piecewise_down", f"as long as piecewise_up ({len(self.piecewise_up)})", self.piecewise_down)
+            raise _check.fail(
+                owner, "piecewise_down", f"as long as piecewise_up ({len(self.piecewise_up)})", self.piecewise_down
+            )
         middle = len(self.piecewise_up) // 2
-        _check.number(owner, f"piecewise_up[{middle}]", self.piecewise_up[middle], above=0.0,
-                      remedy="pulses are counted in the middle node's step")
+        _check.number(
+            owner,
+            f"piecewise_up[{middle}]",
+            self.piecewise_up[middle],
+            above=0.0,
+            remedy="pulses are counted in the middle node's step",
+        )
 
     @property
     def granularity(self) -> float:
@@ -51,5 +58,9 @@ class PiecewiseStep(PulsedDevice):
 
     def numbers(self) -> dict[str, float]:
         """The model's fields and its nodes."""
-        nodes = {f"{name}_{i}": float(v) for name in ("piecewise_up", "piecewise_down") for i, v in enumerate(getattr(self, name))}
+        nodes = {
+            f"{name}_{i}": float(v)
+            for name in ("piecewise_up", "piecewise_down")
+            for i, v in enumerate(getattr(self, name))
+        }
         return super().numbers() | nodes | {"sections": float(len(self.piecewise_up) - 1)}

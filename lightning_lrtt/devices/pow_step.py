@@ -39,4 +39,4 @@ class PowStep(PulsedDevice):
     @property
     def granularity(self) -> float:
         """The step in the middle of the range."""
-        return self.dw_min * 0.5**self.pow_gamma
+        return self.dw_min * float(0.5**self.pow_gamma)

@@ -81,7 +81,15 @@ class PulsedDevice(Device):
             raise _check.fail(owner, "w_max", "> w_min", self.w_max)
         for name in ("dw_min_dtod", "dw_min_std", "up_down_dtod", "w_max_dtod", "w_min_dtod", "corrupt_devices_range"):
             _check.number(owner, name, getattr(self, name), low=0.0)
-        for name in ("lifetime", "lifetime_dtod", "reset_dtod", "reset_std", "diffusion", "diffusion_dtod", "write_noise_std"):
+        for name in (
+            "lifetime",
+            "lifetime_dtod",
+            "reset_dtod",
+            "reset_std",
+            "diffusion",
+            "diffusion_dtod",
+            "write_noise_std",
+        ):
             _check.number(owner, name, getattr(self, name), low=0.0)
         _check.number(owner, "reset", self.reset)
         _check.number(owner, "up_down", self.up_down)
@@ -104,7 +112,9 @@ class PulsedDevice(Device):
 
     def numbers(self) -> dict[str, float]:
         """The model's fields; those that it does not have are 0."""
-        own = {f.name: float(getattr(self, f.name)) for f in fields(self) if not isinstance(getattr(self, f.name), tuple)}
+        own = {
+            f.name: float(getattr(self, f.name)) for f in fields(self) if not isinstance(getattr(self, f.name), tuple)
+        }
         own |= {"kind": float(self.kind), "granularity": self.granularity}
         return {name: own.get(name, 0.0) for name in LAYOUT["device"]}
 
@@ -130,4 +140,4 @@ def _one_sided_power(bound: np.ndarray, std: float) -> np.ndarray:
     u = bound / std
     cdf = 0.5 * np.vectorize(erf)(u / np.sqrt(2.0))
     density = np.exp(-0.5 * u**2) / np.sqrt(2.0 * np.pi)
-    return std**2 * (cdf - u * density) + bound**2 * (0.5 - cdf)
+    return np.asarray(std**2 * (cdf - u * density) + bound**2 * (0.5 - cdf))

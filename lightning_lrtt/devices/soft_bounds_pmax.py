@@ -71,8 +71,13 @@ class SoftBoundsPmax(Device):
         shared = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in ("p_max", "alpha", "range_min", "range_max"):
             del shared[name]
-        return SoftBounds(dw_min=b * self.alpha, up_down=1.0 + 2.0 * self.range_min / b, w_max=self.range_min + b,
-                          w_min=self.range_min, **shared)
+        return SoftBounds(
+            dw_min=b * self.alpha,
+            up_down=1.0 + 2.0 * self.range_min / b,
+            w_max=self.range_min + b,
+            w_min=self.range_min,
+            **shared,
+        )
 
     @property
     def relaxes(self) -> bool:

@@ -49,7 +49,9 @@ def shown(p: Params, key: int, array: int, index: Tensor, w: Tensor, event: int,
     return fma(p["write_noise_std"] * p["dw_min"], normal(words), w)
 
 
-def set_cells(p: Params, key: int, array: int, index: Tensor, w: Tensor, cells: Tensor | None, event: int, c2: int) -> None:
+def set_cells(
+    p: Params, key: int, array: int, index: Tensor, w: Tensor, cells: Tensor | None, event: int, c2: int
+) -> None:
     """Programs cells to what stands in w; ``index`` are their numbers, ``w`` and ``cells`` may be views of rows."""
     plus = models.cells(p, key, array, index)
     if p["pair"]:
@@ -84,8 +86,17 @@ def _reset_value(p: Params, key: int, array: int, index: Tensor, word: Tensor) -
     return into_bounds(models.cells(p, key, array, index), fma(p["reset_std"], normal(word), target))
 
 
-def reset(p: Params, key: int, array: int, w: Tensor, cells: Tensor | None, columns: slice, share: float, number: int,
-          step: int) -> None:
+def reset(
+    p: Params,
+    key: int,
+    array: int,
+    w: Tensor,
+    cells: Tensor | None,
+    columns: slice,
+    share: float,
+    number: int,
+    step: int,
+) -> None:
     """Resets cells of ``columns`` with probability ``share``."""
     index = index_of(w)
     inside = torch.zeros(w.shape, dtype=torch.bool)
@@ -108,10 +119,13 @@ def _refresh(p: Params, key: int, array: int, cells: Tensor, step: int) -> None:
     index = index_of(cells[0])
     plus, minus = cells.clone()
     due = (more(plus, minus) > p["refresh_upper_thres"] * p["w_max"]) & (
-        less(plus, minus) > p["refresh_lower_thres"] * p["w_max"])
+        less(plus, minus) > p["refresh_lower_thres"] * p["w_max"]
+    )
     on_plus, want = plus > minus, (plus - minus).abs()
     arrays = (array, array + MINUS)
-    fresh = [_reset_value(p, key, own, index, philox(key, index, 0, step, counter3(RESET, own, 1))[0]) for own in arrays]
+    fresh = [
+        _reset_value(p, key, own, index, philox(key, index, 0, step, counter3(RESET, own, 1))[0]) for own in arrays
+    ]
     up = torch.ones(index.shape, dtype=torch.bool)
     for plane, own in enumerate(arrays):
         chosen = due & (on_plus == (plane == 0))
