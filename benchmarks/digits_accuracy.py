@@ -6,6 +6,7 @@ no part in choosing anything.
 
     python benchmarks/digits_accuracy.py                 # the settings found, 5 seeds
     python benchmarks/digits_accuracy.py --search        # first the same search over lr for every row
+    python benchmarks/digits_accuracy.py --presets --seeds 3    # pulsed.yaml on the devices of every preset
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from lightning_lrtt import LRTT, LRTTStrategy, NonFiniteError
+from lightning_lrtt import LRTT, LRTTConfig, LRTTStrategy, NonFiniteError, presets
 from lightning_lrtt.cli import LRTTCLI
 from lightning_lrtt.nn import TileModule
+from lightning_lrtt.nn.identity import describe
 from lightning_lrtt.ops import STEP, C
 from lightning_lrtt.ops.schema import BLOCK_SAMPLES
 
@@ -58,7 +60,7 @@ class PulsedSGD(LRTT):
     @staticmethod
     def _pulse_visible(tile: TileModule, x: Tensor, d: Tensor, eta: Tensor, first: int) -> None:
         torch.ops.lrtt.pulsed_update_([tile.matrix], [x], [d], [eta], [tile.tile_state], [tile.tile_counts],
-                                      [tile.hyper], [C], [first])
+                                      [tile.hyper], [C], [first], tile.cells(C))
 
 
 class PulsedSGDStrategy(LRTTStrategy):
@@ -79,7 +81,8 @@ ROWS: dict[str, tuple[str, type[LRTTStrategy] | None, float | None]] = {
 
 def run(row: str, seed: int, lr: float | None, epochs: int | None, stage: str, folder: str) -> float:
     """Train one configuration; accuracy of its best checkpoint on the validation set or the test set."""
-    file, strategy, own_lr = ROWS[row]
+    preset = row.removeprefix("LR-TT on ") if row not in ROWS else None
+    file, strategy, own_lr = ROWS["LR-TT, pulsed, r = 8" if preset else row]
     config = yaml.safe_load((ROOT / "examples" / "digits" / file).read_text())
     trainer = config["trainer"]
     trainer["callbacks"] = [c for c in trainer["callbacks"] if c["class_path"].endswith("ModelCheckpoint")]
@@ -88,6 +91,9 @@ def run(row: str, seed: int, lr: float | None, epochs: int | None, stage: str, f
     config |= {"seed_everything": seed, "test_after_fit": stage == "test"}
     if "strategy" in trainer:
         trainer["strategy"]["init_args"]["config"]["seed"] = seed
+    if preset:
+        device = describe(LRTTConfig(fast_device=presets.device(preset)))["fast_device"]
+        trainer["strategy"]["init_args"]["config"] |= {"fast_device": device, "visible_device": device}
     if strategy is not None:
         trainer["strategy"]["class_path"] = f"{strategy.__module__}.{strategy.__qualname__}"
     config["model"]["init_args"]["lr"] = lr or own_lr or config["model"]["init_args"]["lr"]
@@ -107,10 +113,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--presets", nargs="*", default=None, choices=list(presets.DEVICES), metavar="NAME",
+                        help="instead of --rows, A, B and C on the devices of these presets; without names: of all")
     parser.add_argument("--search", action="store_true", help="choose lr from the grid by validation accuracy first")
     parser.add_argument("--epochs", type=int, default=None, help="instead of the configurations' own")
     parser.add_argument("--output", type=Path, default=None, help="also write the table here")
     args = parser.parse_args()
+    if args.presets is not None:
+        args.rows = [f"LR-TT on {name}" for name in args.presets or presets.DEVICES]
     sys.path.append(str(ROOT))
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")

@@ -19,7 +19,7 @@ from lightning_lrtt.cli import main
 
 
 def test_response_of_soft_bounds_is_geometric():
-    """b - w shrinks by 1 - s/b a pulse up, w + b likewise down; float32 errs by 3 * 2^-24 a pulse, 60 of which can pile up."""
+    """b - w shrinks by 1 - s/b a pulse up, w + b likewise down; 3 * 2^-24 of rounding a pulse, 60 of which can pile up."""
     device = quiet(devices.SoftBounds, dw_min=0.01)
     trace = device_plots.response(device, pulses=50, cells=2, every=10)
     assert trace.shape == (11, 2)
@@ -42,7 +42,7 @@ def test_steps_are_without_noise_and_of_the_same_cells():
         dw_min=0.01, dw_min_std=2.0, write_noise_std=3.0, gamma_up=0.5, gamma_up_dtod=0.0, w_max_dtod=0.0
     )
     up, down = device_plots.steps(device, [0.0, 0.3], cells=50)
-    # at 0.3 of w_max 0.6 the up step is 1 - 0.5 * 0.5 of that at 0; a step of 0.01 is rounded at 0.3 by 2^-25 = 3e-6 of it
+    # at 0.3 of w_max 0.6 the up step is 1 - 0.5 * 0.5 of that at 0; at 0.3 a step of 0.01 is rounded by 3e-6 of it
     assert torch.allclose(up[1] / up[0], torch.full((50,), 0.75), rtol=1e-4)
     assert float(up[0].std()) > 0.001  # dw_min_dtod
     assert (down < 0).all()
@@ -64,7 +64,7 @@ def test_number_of_states_and_symmetry_point():
 
 
 def test_the_reference_moves_the_symmetry_point_to_zero():
-    """Calibrated arrays: all cells but for reference_std = 0.05, which shows as the spread of the points. 5 standard errors."""
+    """Calibrated arrays: points spread by reference_std = 0.05 around 0. 5 standard errors of a median."""
     device = presets.device("reram_array_om")
     points = device_plots.characteristics(device, cells=1000).symmetry_point
     points = points[points.isfinite()]

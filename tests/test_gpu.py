@@ -9,7 +9,7 @@ import torch
 from helpers import DEVICES
 from torch import nn
 
-from lightning_lrtt import LRTT, LRTTConfig, PulseConfig, build_info, convert_to_lrtt, devices
+from lightning_lrtt import LRTT, LRTTConfig, PulseConfig, build_info, convert_to_lrtt, devices, presets
 from lightning_lrtt.nn import LRTTConv2d, LRTTLinear, find_tiles
 from lightning_lrtt.ops import COUNTS, KEY, STATE_SIZE, STEP
 
@@ -208,6 +208,70 @@ def test_relax_bits():
     assert_same(results, ("A", "C", "state"))
 
 
+HELD = {
+    "noisy": devices.SoftBounds(dw_min=0.01, write_noise_std=3.0, corrupt_devices_prob=0.1, lifetime=9.0, diffusion=0.01),
+    "noisy-exp": presets.device("reram_es"),
+    "noisy-array": presets.device("reram_array_om"),
+    "pair": devices.OneSided(device=devices.LinearStep(dw_min=0.01, gamma_up=0.4, lifetime=9.0), refresh_every=1,
+                             refresh_upper_thres=0.3, refresh_lower_thres=0.1),
+    "pair-exp": devices.OneSided(device=devices.ExpStep(dw_min=0.005)),
+}
+
+
+@pytest.mark.parametrize("device", HELD)
+@pytest.mark.parametrize("shape", [(90, 5), (6, 130), (40, 70)], ids=str)
+def test_cells_bits(device, shape):
+    """Write noise and pairs: an update across a block of samples, relaxation, reset, writing."""
+    model, (rows, columns) = HELD[device], shape
+    hyper = LRTTConfig(rank=1, reinit_gain=1.0, visible_device=model).pack(columns)
+    generator = torch.Generator().manual_seed(rows)
+    w, x = (0.3 * torch.randn(n, columns, generator=generator) for n in (rows, 700))
+    d = 0.1 * torch.randn(700, rows, generator=generator)
+    x *= torch.rand(700, columns, generator=generator) > 0.98  # so that the last block leaves many cells alone
+    cells = 0.3 * torch.randn(model.planes, rows, columns, generator=generator).abs()
+    state, counts = state_and_counts()
+
+    def run(w, cells, counts, x, d, eta, state):
+        torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [2], [0], [cells])
+        torch.ops.lrtt.relax_([w], [state], [hyper], [2], [cells])
+        counts += torch.ops.lrtt.clip_(w, state, hyper, 2, False, [cells])
+        torch.ops.lrtt.reset_cells_(w, state, hyper, 2, 1, columns // 2, 0.7, 3, [cells])
+        half = w.clone(), cells.clone()
+        counts += torch.ops.lrtt.clip_(w, state, hyper, 2, True, [cells])
+        w += half[0]
+        cells += half[1]
+
+    results = on_both(run, w, cells, counts, x, d, torch.tensor(0.05), state)
+    assert results[0][2][COUNTS["pulses_c"]] > 0, "no pulses: the test would compare nothing"
+    assert_same(results, ("w", "cells", "counts", "x", "d", "eta", "state"))
+
+
+@pytest.mark.parametrize("mode", ["digital", "pulsed", "pulsed_residual"])
+@pytest.mark.parametrize("fast", HELD)
+@pytest.mark.parametrize("visible", HELD)
+def test_transfer_of_cells_bits(visible, fast, mode):
+    """Reinit and two transfers, plain tiles in the same launch."""
+    held = LRTTConfig(rank=3, transfer_every=1, reinit_gain=1.0, visible_device=HELD[visible], fast_device=HELD[fast],
+                      transfer_mode=mode, transfer_max_words=2)
+    plain = dataclasses.replace(held, visible_device=devices.SoftBounds(), fast_device=None)
+    generator = torch.Generator().manual_seed(1)
+    a, b, c = (torch.randn(*size, generator=generator) for size in ((20, 3), (3, 70), (20, 70)))
+    cells = [0.3 * torch.randn(model.planes, *size, generator=generator).abs()
+             for model, size in ((HELD[fast], (20, 3)), (HELD[fast], (3, 70)), (HELD[visible], (20, 70)))]
+    state, counts = state_and_counts()
+    hyper = [held.pack(70), plain.pack(70)]
+
+    def run(a, b, c, a2, b2, c2, state, counts, state2, counts2, *cells):
+        torch.ops.lrtt.reinit_([b.new_zeros(20, 3)], [b], [state], [hyper[0]], [cells[0].clone(), cells[1]])
+        for _ in range(2):
+            a.add_(0.7)
+            torch.ops.lrtt.transfer_([a, a2], [b, b2], [c, c2], [state, state2], [counts, counts2], hyper, [1, 1], False,
+                                     list(cells))
+
+    tensors = (a, b, c, a.clone(), b.clone(), c.clone(), state, counts, state.clone(), counts.clone(), *cells)
+    assert_same(on_both(run, *tensors), [f"tensor {i}" for i in range(len(tensors))])
+
+
 def pulsed_model() -> nn.Module:
     """A ConvNet with every layer on noisy SoftBounds."""
     soft = devices.SoftBounds()
@@ -244,7 +308,7 @@ def test_training_moves_between_devices():
     assert train(twin, LRTT(twin.parameters(), lr=0.05), [(x.cpu(), y.cpu())])[0] < losses[0]
 
 
-@pytest.mark.parametrize("fast", [None, devices.SoftBounds()], ids=["digital", "pulsed"])
+@pytest.mark.parametrize("fast", [None, devices.SoftBounds(), HELD["noisy"], HELD["pair"]], ids=["digital", "pulsed", "noisy", "pair"])
 def test_captured_step_equals_eager(fast):
     """A whole step in a CUDA graph, transfers included, gives the bits of eager steps, without a host synchronisation."""
     config = LRTTConfig(rank=4, transfer_every=3, fast_device=fast, visible_device=fast)
