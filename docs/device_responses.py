@@ -1,7 +1,7 @@
 """Draws docs/device_responses.png: ``python docs/device_responses.py`` (needs matplotlib).
 
-For every model, 8 cells in grey and the mean of 400 in colour: 300 pulses up and 300 down, twice, from weight 0. The ReRAM
-presets, with write noise and more states, stand below: 1200 up and 1200 down (of the coarse arrays 60 and 60).
+For every model, 8 cells in grey and the mean of 400 in colour: 300 pulses up and 300 down, twice, from weight 0.
+The ReRAM presets, with write noise and more states, stand below: 1200 up and 1200 down (of the coarse arrays 60 and 60).
 """
 
 from __future__ import annotations

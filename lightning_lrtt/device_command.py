@@ -20,7 +20,8 @@ def find_device(name: str, numbers: Sequence[str] = ()) -> devices.Device:
 
     Args:
         name: ``ecram_mo``, ``SoftBounds``, ...
-        numbers: ``field=value`` each, over the preset's or the class's own. Of ``OneSided``, ``device`` is a name like this.
+        numbers: ``field=value`` each, over the preset's or the class's own. Of ``OneSided``, ``device`` is a name like
+            this.
 
     Raises:
         ValueError: If there is no such device or field, or the value is refused.

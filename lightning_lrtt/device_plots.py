@@ -1,7 +1,7 @@
 """What a device does, measured on simulated cells: pulse responses, steps, number of states, symmetry point.
 
-The curves come from the same operators that train, so a figure shows what a tile meets. ``lrtt device NAME --plot FILE``
-draws it from the command line, ``TileMonitor(device_plots=True)`` in TensorBoard. Figures need matplotlib.
+The curves come from the same operators that train, so a figure shows what a tile meets. ``lrtt device NAME --plot
+FILE`` draws it from the command line, ``TileMonitor(device_plots=True)`` in TensorBoard. Figures need matplotlib.
 """
 
 from __future__ import annotations

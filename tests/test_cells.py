@@ -1,5 +1,5 @@
-"""What cells hold beside the weight that is read: write noise, pairs, resets. The kernels equal the plain PyTorch reference
-bit for bit, and both do what the models say.
+"""What cells hold beside the weight that is read: write noise, pairs, resets. The kernels equal the plain PyTorch
+reference bit for bit, and both do what the models say.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def test_reinit_equals_reference(device, reinit):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_single_cell_operators_equal_reference(device):
-    """Clip with and without writing, relax, reset of some columns with some probability, draws of both cells of a pair."""
+    """Clip with and without writing, relax, reset of some columns with a probability, draws of both cells of a pair."""
     model = DEVICES[device]
     hyper, state = pack(visible_device=model), fresh_state(3, 5)
     start = randn(0, 13, 29), *held(model, 13, 29)

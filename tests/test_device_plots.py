@@ -1,4 +1,4 @@
-"""Measured characteristics of devices against closed forms, their figures, ``lrtt device``, and the figures in TensorBoard."""
+"""Measured characteristics of devices against closed forms; figures, ``lrtt device``, and figures in TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_lrtt.cli import main
 
 
 def test_response_of_soft_bounds_is_geometric():
-    """b - w shrinks by 1 - s/b a pulse up, w + b likewise down; 3 * 2^-24 of rounding a pulse, 60 of which can pile up."""
+    """b - w shrinks by 1 - s/b a pulse up, w + b likewise down; rounding 3 * 2^-24 a pulse, at most 60 of them."""
     device = quiet(devices.SoftBounds, dw_min=0.01)
     trace = device_plots.response(device, pulses=50, cells=2, every=10)
     assert trace.shape == (11, 2)

@@ -14,14 +14,15 @@ from lightning_lrtt.devices.soft_bounds import SoftBounds
 class OneSided(Device):
     """A pair ``w = g+ - g-`` of cells of which each takes pulses upwards only.
 
-    A pulse that raises w goes to g+, one that lowers it to g-, upwards both. Both cells are drawn from ``device``, each on
-    its own. As they fill up, a refresh makes room: cells with ``larger / w_max > refresh_upper_thres`` and
-    ``smaller / w_max > refresh_lower_thres`` are reset (``device.reset``), and the one that was larger takes up pulses, each
-    followed by an exact read, until the difference is back or ``refresh_max_pulses`` were spent. Writing w without pulses
-    (loads, reinits) puts ``max(w, 0)`` into g+ and ``max(-w, 0)`` into g-. Decay and diffusion act on both cells.
+    A pulse that raises w goes to g+, one that lowers it to g-, upwards both. Both cells are drawn from ``device``,
+    each on its own. As they fill up, a refresh makes room: cells with ``larger / w_max > refresh_upper_thres`` and
+    ``smaller / w_max > refresh_lower_thres`` are reset (``device.reset``), and the one that was larger takes up
+    pulses, each followed by an exact read, until the difference is back or ``refresh_max_pulses`` were spent. Writing
+    w without pulses (loads, reinits) puts ``max(w, 0)`` into g+ and ``max(-w, 0)`` into g-. Decay and diffusion act on
+    both cells.
 
-    The idea and the thresholds are aihwkit's OneSidedUnitCell; there, the refresh writes the difference open-loop with one
-    pulse train of at most 31 pulses, and counts vector updates where this counts optimizer steps.
+    The idea and the thresholds are aihwkit's OneSidedUnitCell; there, the refresh writes the difference open-loop with
+    one pulse train of at most 31 pulses, and counts vector updates where this counts optimizer steps.
 
     Args:
         device: Model of both cells, without write noise.

@@ -37,8 +37,8 @@ class PulsedDevice(Device):
         reset_std: Cycle-to-cycle noise of a reset, absolute.
         diffusion: Standard deviation of a weight's random walk in one optimizer step; 0: none.
         diffusion_dtod: Device-to-device spread of ``diffusion``, relative.
-        write_noise_std: Write noise in units of ``dw_min``: the dynamics act on a persistent weight, and what is read is
-            that plus ``write_noise_std dw_min xi``, drawn anew whenever the cell was written. 0: none.
+        write_noise_std: Write noise in units of ``dw_min``: the dynamics act on a persistent weight, and what is read
+            is that plus ``write_noise_std dw_min xi``, drawn anew whenever the cell was written. 0: none.
         apply_write_noise_on_set: Whether loads, reinits and digital transfers, which program cells without pulses, draw
             write noise too.
 
