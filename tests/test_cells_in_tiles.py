@@ -123,7 +123,7 @@ def test_a_checkpoint_without_cells_is_refused():
 def test_a_checkpoint_of_another_device_is_refused():
     other = devices.OneSided(device=devices.SoftBounds(dw_min=0.002, w_max=1.0, w_min=-1.0), refresh_every=4)
     tile = LRTTLinear(6, 5, config=LRTTConfig(rank=2, visible_device=other))
-    with pytest.raises(RuntimeError, match="visible_device.refresh_every is 2 in the checkpoint and 4 here"):
+    with pytest.raises(RuntimeError, match=r"visible_device.refresh_every is 2 in the checkpoint and 4 here"):
         tile.load_state_dict(LRTTLinear(6, 5, config=LRTTConfig(rank=2, visible_device=PAIR)).state_dict())
 
 
@@ -171,7 +171,7 @@ def test_reset_cells_of_a_tile():
         tile.reset_cells("C", slice(0, 4, 2))
     with pytest.raises(ValueError, match="array must be one of 'A', 'B', 'C', got 'D'"):
         tile.reset_cells("D")
-    with pytest.raises(ValueError, match="probability must be finite and >= 0 and <= 1, got 2.0"):
+    with pytest.raises(ValueError, match=r"probability must be finite and >= 0 and <= 1, got 2.0"):
         tile.reset_cells("C", probability=2.0)
     with pytest.raises(ValueError, match="array 2 has no device"):
         LRTTLinear(6, 5, config=LRTTConfig(rank=2)).reset_cells("C")

@@ -8,7 +8,6 @@ from typing import ClassVar
 from lightning_lrtt import _check
 from lightning_lrtt.devices.pulsed import PulsedDevice
 
-
 _NODES = 16  # as csrc/devices.h has room for
 
 

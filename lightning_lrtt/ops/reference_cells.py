@@ -1,7 +1,7 @@
 """What the cells of an array hold beside the weight that is read, and what writes it otherwise than an update's pulses.
 
 The functions of csrc/devices.h from `Held` on, in plain PyTorch and bit for bit. ``w`` is what is read; ``cells`` is
-None where a cell holds nothing else, ``[1, ...]`` under write noise (the persistent weight) and ``[2, ...]`` for pairs (two
+None where a cell holds nothing else, ``[1, ...]`` under write noise (the persistent weight), ``[2, ...]`` for pairs (two
 conductances, whose difference is read).
 """
 

@@ -343,7 +343,7 @@ def compare_defaults(theirs: dict[str, Any], ours: devices.Device) -> tuple[dict
 
 def _cell(row: Row) -> str:
     if row.limit == math.inf:
-        return "–"
+        return "-"
     mark = "" if row.distance <= row.limit else " **!**"
     if "KS" in row.what:
         return f"{row.distance:.4f}{mark}"
