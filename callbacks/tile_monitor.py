@@ -103,6 +103,10 @@ class TileMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._counts, self._updates = dict(state_dict["counts"]), dict(state_dict["updates"])
 
+    def wants_eager_step(self) -> bool:
+        """Whether the step in progress must run its Python, for `CUDAGraph`: a replay passes by hooks and observers."""
+        return self._armed or (self.trace and bool(self._tiles))
+
     # -------------------------------------------------------------- begin and end
 
     @override

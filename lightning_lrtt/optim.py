@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,6 +77,8 @@ class LRTT(Optimizer):
         self.tile_lr_scale = tile_lr_scale
         self.on_nonfinite = on_nonfinite
         self.observer: Callable[[str, list[TileModule]], None] | None = None
+        self.runner: Callable[[list[TileModule], Callable[[], None]], None] | None = None
+        self._lr_held = False
         self._lr: dict[tuple[int, torch.device], Tensor] = {}
         self._bad_seen: dict[int, int] = {}
         if isinstance(digital, Optimizer):
@@ -177,8 +180,14 @@ class LRTT(Optimizer):
         by_device: dict[torch.device, list[tuple[TileModule, int]]] = {}
         for tile, group in tiles:
             by_device.setdefault(tile.A.device, []).append((tile, group))
+        if not self._lr_held:
+            self.refresh_lr()
         for device, members in by_device.items():
-            self._step_tiles(members, device)
+            issue = partial(self._step_tiles, members, device)
+            if self.runner is None:
+                issue()
+            else:
+                self.runner([tile for tile, _ in members], issue)
         factors = [p for tile, _ in held for p in (tile.A, tile.B)]
         grads = [p.grad for p in factors]
         for p in factors:  # every torch optimizer skips a parameter without gradient
@@ -196,7 +205,7 @@ class LRTT(Optimizer):
         ops = torch.ops.lrtt
         modules = [tile for tile, _ in members]
         self._notify("before_update", modules)
-        rates = {group: self._device_lr(group, device) for group in {group for _, group in members}}  # one fill a group
+        rates = {group: self._lr[group, device] for _, group in members}
         pulsed = [(tile, rates[group]) for tile, group in members if tile.config.is_pulsed]
         if pulsed:
             self._pulse(pulsed, device)
@@ -233,17 +242,30 @@ class LRTT(Optimizer):
         while jobs := [job for job in (next(chunk, None) for chunk in chunks) if job is not None]:
             _call(ops.pulsed_update_, jobs)
 
-    def _device_lr(self, index: int, device: torch.device) -> Tensor:
-        """The tile lr of a group as a float64 scalar on the device; refreshed, never replaced."""
-        key = (index, device)
-        if key not in self._lr:
-            self._lr[key] = torch.empty((), dtype=torch.float64, device=device)
-        lr = self.param_groups[index]["lr"]
-        if isinstance(lr, Tensor):
-            self._lr[key].copy_(lr).mul_(self.tile_lr_scale)
-        else:
-            self._lr[key].fill_(float(lr) * self.tile_lr_scale)
-        return self._lr[key]
+    @torch.no_grad()
+    def refresh_lr(self) -> None:
+        """Write the groups' tile lr to the float64 device scalars that the kernels read: one fill a group, in place.
+
+        `step` does it by itself. In a CUDA graph of the step the fill would be frozen with today's lr: capture within
+        `lr_held`, and call this before every replay.
+        """
+        for index, device in {(index, tile.A.device) for tile, index in self.tiles()}:
+            if (index, device) not in self._lr:
+                self._lr[index, device] = torch.empty((), dtype=torch.float64, device=device)
+            held, lr = self._lr[index, device], self.param_groups[index]["lr"]
+            if isinstance(lr, Tensor):
+                held.copy_(lr).mul_(self.tile_lr_scale)
+            else:
+                held.fill_(float(lr) * self.tile_lr_scale)
+
+    @contextlib.contextmanager
+    def lr_held(self) -> Iterator[None]:
+        """Within, `step` reads the device lr as the last `refresh_lr` left it."""
+        before, self._lr_held = self._lr_held, True
+        try:
+            yield
+        finally:
+            self._lr_held = before
 
     def _notify(self, event: str, modules: list[TileModule]) -> None:
         if self.observer is not None:

@@ -25,11 +25,12 @@ from lightning_lrtt.nn.convert import PatternError
 from lightning_lrtt.optim import LRTT, reduced, takes_closure, tiles_of
 from lightning_lrtt.strategies.averaging import average_by_effective_weights, averaged_copies
 from lightning_lrtt.strategies.resume import AtomicCheckpointIO, collect_rng, restore_rng
+from lightning_lrtt.strategies.seams import ExecutorSeams
 
 log = logging.getLogger(__name__)
 
 
-class LRTTStrategy(SingleDeviceStrategy):
+class LRTTStrategy(ExecutorSeams, SingleDeviceStrategy):
     """Train a LightningModule on LR-TT tiles, on the one device that the Trainer chose.
 
     Linear, Conv1d and Conv2d layers become tiles (`convert_to_lrtt`), and every optimizer that the module configures is
@@ -145,6 +146,7 @@ class LRTTStrategy(SingleDeviceStrategy):
 
     @override
     def teardown(self) -> None:
+        self.executor = None  # a recorded step holds addresses that are about to move
         self._restore_averaging()
         super().teardown()
 
@@ -161,7 +163,7 @@ class LRTTStrategy(SingleDeviceStrategy):
         trainer = self.lightning_module.trainer
         every = trainer.log_every_n_steps
         # Only here, at the steps at which Lightning logs, and at epoch ends does training wait for the device.
-        if every and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0:
+        if every and not self.accumulating and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0:
             self.check_finite()
         return result
 

@@ -1,0 +1,466 @@
+"""Runs whole training steps as graphs: what to keep from a capture, and what to do again after every replay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.module import LightningModule
+from lightning.pytorch.loops.optimization.automatic import ClosureResult
+from lightning.pytorch.trainer.trainer import Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_lrtt.callbacks._graph_tape import Tape, detached, free, metric_names, plain, watched
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_lrtt import LRTT
+from lightning_lrtt.graphs import (
+    DeviceForm,
+    Entry,
+    Finder,
+    GraphCache,
+    GraphCaptureError,
+    HostState,
+    PhaseTimer,
+    Recorder,
+    StateCopy,
+    StaticBatch,
+    Unsupported,
+    describe,
+    max_difference,
+)
+from lightning_lrtt.graphs.batches import shapes
+from lightning_lrtt.nn import find_tiles
+from lightning_lrtt.nn.latch import Latch
+
+# Python numbers that Lightning hands out and that change from step to step.
+_FROZEN = {
+    owner.__dict__[name].fget.__code__: f"{owner.__name__}.{name}"
+    for owner, names in ((LightningModule, ("current_epoch", "global_step")), (Trainer, ("current_epoch", "global_step")))
+    for name in names
+}
+_IGNORED = frozenset({"_current_fx_name", "training"})
+
+
+@dataclass
+class Options:
+    """What `CUDAGraph` was asked for; see there."""
+
+    warmup: int
+    max_graphs: int
+    on_failure: str
+    parity_steps: int
+    find_syncs: bool
+
+
+@dataclass
+class Outputs:
+    """What a step leaves behind, all tensors static."""
+
+    loss: Tensor
+    extra: dict[str, Any]
+    tape: Tape
+    grads: list[tuple[torch.nn.Parameter, Tensor | None]]
+    latches: list[tuple[Latch, dict[str, Any]]]
+    zeroes: bool
+
+    def tensors(self) -> list[Tensor]:
+        """See `lightning_lrtt.graphs.recorder.Outputs`."""
+        latched = [t for _, state in self.latches for t in _latched(state)]
+        extra = [t for t in pytree.tree_leaves(self.extra) if isinstance(t, Tensor)]
+        return [self.loss, *extra, *self.tape.tensors(), *(g for _, g in self.grads if g is not None), *latched]
+
+
+@dataclass
+class Placed:
+    """The batch of the step in progress."""
+
+    key: Hashable
+    words: str
+    refused: str = ""
+
+
+@dataclass
+class Events:
+    """Counters and what happened, for the callback to report."""
+
+    captures: int = 0
+    replays: int = 0
+    eager_steps: int = 0
+    capture_ms: float = 0.0
+    parity_max_abs: float | None = None
+    pool_mib: float = 0.0
+    measured: int = 0  # captures when the pool was last measured
+    reasons: list[str] = field(default_factory=list)
+    on_reason: Callable[[str], None] = lambda reason: None
+
+    def because(self, reason: str) -> None:
+        """Note a reason once."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+            self.on_reason(reason)
+
+
+class StepGraphs:
+    """The executor of ``scope='step'`` (see `lightning_lrtt.strategies.seams.StepExecutor`).
+
+    Args:
+        trainer: The Trainer, in a fit, with everything restored.
+        module: Its module.
+        recorder: What records, None on a device without graphs: then the finder still tells what would be in the way.
+        form: The device form of the optimizer of digital parameters, None with a recorder of None.
+        options: What was asked for.
+        events: Where it reports.
+        timer: Times the phases ``transfer`` and ``step``, if given.
+        give_up: Called with reasons that concern every step; leaves the scope.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, recorder: Recorder | None, form: DeviceForm | None,
+                 options: Options, events: Events, timer: PhaseTimer | None, give_up: Callable[[list[str]], None]) -> None:
+        self._trainer, self._module, self._recorder, self._form = trainer, module, recorder, form
+        self._options, self._events, self._timer, self._give_up = options, events, timer, give_up
+        self._device = trainer.strategy.root_device
+        self._optimizer = trainer.optimizers[0]
+        self._lrtt = self._optimizer if isinstance(self._optimizer, LRTT) else None
+        self._cache = GraphCache(options.max_graphs * max(trainer.accumulate_grad_batches, 1))
+        self._batches: dict[Hashable, StaticBatch] = {}
+        self._placed: Placed | None = None
+        self._chain: tuple[Hashable, ...] | None = None  # keys of this window's micro-batches so far, all from graphs
+        self._tiles = list(find_tiles(module).values())
+        metrics = metric_names(module)
+        self._watched = {name: child for name, child in module.named_modules()
+                         if name not in metrics and not any(name.startswith(m + ".") for m in metrics)}
+        digital = self._lrtt.digital if self._lrtt is not None else self._optimizer
+        self._hook = digital.register_load_state_dict_post_hook(lambda _: self.clear())
+        self._stock_transfer = not any(
+            is_overridden(hook, owner) for owner in (module, trainer.datamodule) if owner is not None
+            for hook in ("transfer_batch_to_device", "on_after_batch_transfer"))
+        self._hyper: Hashable = None
+        self._hyper_changes = 0
+        self._warmed = self._left = False
+
+    # -------------------------------------------------------------- inputs
+
+    def place(self, batch: Any, transfer: Callable[[Any], Any]) -> Any:
+        """A training batch in static buffers, if it can be held there."""
+        if self._timer is not None:
+            self._timer.begin("transfer")
+        try:
+            return self._place(batch, transfer)
+        finally:
+            if self._timer is not None:
+                self._timer.end()
+
+    def _place(self, batch: Any, transfer: Callable[[Any], Any]) -> Any:
+        if not self._stock_transfer:
+            batch = transfer(batch)
+        try:
+            key, leaves, spec = describe(batch)
+        except Unsupported as why:
+            self._placed = Placed(None, "", str(why))
+            return transfer(batch) if self._stock_transfer else batch
+        position = self._position(self._trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        key = (position, key)  # operands of a window's micro-batches must all live until its update
+        self._placed = Placed(key, shapes(leaves))
+        if key not in self._batches:
+            if len(self._batches) >= 4 * self._cache.size:
+                self._placed.refused = f"shape cache full ({self._options.max_graphs}), got {shapes(leaves)}"
+                return transfer(batch) if self._stock_transfer else batch
+            self._batches[key] = StaticBatch(leaves, spec, self._device)
+        return self._batches[key].fill(leaves)
+
+    def _position(self, index: int) -> int:
+        return int(index % max(self._trainer.accumulate_grad_batches, 1))
+
+    # -------------------------------------------------------------- a step
+
+    def step(self, optimizer: Any, closure: Any, run: Callable[[], Any], update: bool) -> Any:
+        """One micro-batch, with the update at its end if it is the last of its window."""
+        if self._timer is not None:
+            self._timer.begin("step")
+        try:
+            return self._step(closure, run, update)
+        finally:
+            if self._timer is not None:
+                self._timer.end()
+
+    def _step(self, closure: Any, run: Callable[[], Any], update: bool) -> Any:
+        if self._lrtt is not None:
+            self._lrtt.refresh_lr()  # first: from the lr as the user's scheduler left it
+        if self._form is not None:
+            self._form.refresh()
+        position = self._position(self._trainer.fit_loop.epoch_loop.batch_idx)
+        chain = () if position == 0 else self._chain
+        self._chain = None
+        placed, self._placed = self._placed, None
+        assert placed is not None
+        refused = placed.refused or self._reason_now(closure)
+        if refused or chain is None:
+            if refused and refused != _WATCHED:
+                self._events.because(refused)
+            return self._eager(run)
+        key = (*chain, (placed.key, update, *self._circumstances()))
+        if self._left:
+            return self._eager(run)
+        entry = self._cache.entry(key)
+        if entry.recording is not None:
+            self._replay(entry, closure, run)
+        elif entry.refused:
+            return self._eager(run)
+        elif entry.seen < self._needed():
+            entry.seen += 1
+            if entry.seen == self._needed():
+                return self._eager_watched(run)
+            return self._eager(run)
+        elif self._recorder is None:
+            return self._eager(run)
+        elif not self._cache.room(key):
+            self._events.because(f"shape cache full ({self._options.max_graphs}), got {placed.words}")
+            return self._eager(run)
+        elif not self._record(entry, closure, run):
+            return closure._result.loss if closure._result is not None else None
+        self._chain = key if not update else None
+        return closure._result.loss
+
+    def _needed(self) -> int:
+        """Eager steps before a capture: later shapes need one only, the libraries are warm."""
+        return 1 if self._warmed else self._options.warmup
+
+    def _reason_now(self, closure: Any) -> str:
+        """Why this step has to be eager, whatever its shape."""
+        if closure._backward_fn is None:
+            return "a step without backward (an averaging callback refreshes batch statistics)"
+        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
+            wants = getattr(callback, "wants_eager_step", None)
+            if wants is not None and wants():
+                return _WATCHED
+        return ""
+
+    def _circumstances(self) -> tuple[Hashable, ...]:
+        """What a recording freezes besides its inputs: addresses, modes, hyperparameters."""
+        hyper = None if self._form is None else self._form.signature()
+        if hyper != self._hyper:
+            self._hyper_changes = self._hyper_changes + 1 if self._hyper is not None else 0
+            self._hyper = hyper
+            if self._hyper_changes == 2:
+                self._leave(["hyperparameters of the optimizer other than lr change from step to step, and a graph freezes "
+                             "them (OneCycleLR, CyclicLR: cycle_momentum=False)"])
+        elif self._hyper_changes < 2:
+            self._hyper_changes = 0
+        tensors = self._tensors()
+        return (self._trainer.accumulate_grad_batches, hyper, tuple(t.data_ptr() for t in tensors),
+                tuple(t.requires_grad for t in tensors), tuple(m.training for m in self._watched.values()))
+
+    # -------------------------------------------------------------- eager
+
+    def _contexts(self) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(self._form.active() if self._form is not None else nullcontext())
+        stack.enter_context(self._lrtt.lr_held() if self._lrtt is not None else nullcontext())
+        return stack
+
+    def _eager(self, run: Callable[[], Any]) -> Any:
+        self._events.eager_steps += 1
+
+        def body() -> Any:
+            with self._contexts():
+                return run()
+
+        return body() if self._recorder is None else self._recorder.eager(body)
+
+    def _eager_watched(self, run: Callable[[], Any]) -> Any:
+        """The last eager step before a capture: an ordinary step, looked at by the finder."""
+        if not self._options.find_syncs:
+            self._warmed = True
+            return self._eager(run)
+        finder = Finder(self._device, _FROZEN)
+        state = HostState(self._watched, _IGNORED)
+
+        def look() -> Any:
+            with watched(self._module, finder), finder.watch():
+                return run()
+
+        result = self._eager(look)
+        reasons = [str(finding) for finding in finder.findings]
+        reasons += [f"{name} changes in the step: change it in place if it is a tensor, or in on_train_batch_start"
+                    for name in state.changes()]
+        if reasons:
+            self._leave(reasons)
+        self._warmed = True
+        return result
+
+    def _leave(self, reasons: list[str]) -> None:
+        self._left = True
+        self._give_up(reasons)
+
+    # -------------------------------------------------------------- capture and replay
+
+    def _body(self, closure: Any, run: Callable[[], Any]) -> Outputs:
+        tape = Tape(self._module)
+        with tape.recording(), self._contexts():
+            run()
+        tape.check()
+        result, closure._result = closure._result, None
+        if result is None or result.loss is None:
+            raise ValueError("training_step returned None")
+        if not plain(result.extra):
+            raise ValueError("training_step returns other things than tensors beside the loss, which a graph would repeat for ever")
+        grads = [(p, p.grad) for group in self._optimizer.param_groups for p in group["params"]]
+        return Outputs(result.loss, detached(result.extra), tape, grads,
+                       [(tile.latch, _held(tile.latch)) for tile in self._tiles], closure._zero_grad_fn is not None)
+
+    def _record(self, entry: Entry, closure: Any, run: Callable[[], Any]) -> bool:
+        """Capture the step; True if it ran as a graph, False if it had to be run eagerly."""
+        assert self._recorder is not None
+        undo = self._preserve()
+        eager = None
+        states = self._optimizer_tensors()
+        try:
+            eager = self._eager_twin(closure, run, undo) if self._options.parity_steps else None
+            start = time.perf_counter()
+            recording = self._recorder.record(partial(self._body, closure, run))
+        except Exception as error:
+            undo()
+            entry.refused = f"capture failed: {type(error).__name__}: {error}"
+            self._cache.clear_recordings()  # the random generator's state may be a new one
+            self._events.because(entry.refused)
+            if self._options.on_failure == "raise":
+                raise GraphCaptureError(f"CUDAGraph: {entry.refused}") from error
+            self._eager(run)
+            return False
+        if [id(t) for t in self._optimizer_tensors()] != [id(t) for t in states]:
+            entry.refused = "the optimizer replaces its state in every step instead of changing it in place"
+            self._events.because(entry.refused)
+        else:
+            entry.recording = recording
+        self._events.captures += 1
+        self._events.capture_ms = 1e3 * (time.perf_counter() - start)
+        self._after(recording.outputs, closure, first=True)
+        if eager is not None:
+            self._compare(entry, eager, recording.outputs)
+        return entry.recording is not None
+
+    def _replay(self, entry: Entry, closure: Any, run: Callable[[], Any]) -> None:
+        assert entry.recording is not None
+        eager = None
+        if entry.checked < self._options.parity_steps:
+            eager = self._eager_twin(closure, run, self._preserve())
+        entry.recording.replay()
+        self._events.replays += 1
+        outputs = entry.recording.outputs
+        self._after(outputs, closure)
+        if eager is not None:
+            self._compare(entry, eager, outputs)
+
+    def _after(self, outputs: Outputs, closure: Any, first: bool = False) -> None:
+        """What Python does in an eager step and a replay does not."""
+        for p, grad in outputs.grads:
+            if p.grad is not grad:
+                p.grad = grad
+        for latch, held in outputs.latches:
+            for call in held["calls"]:
+                call.version = call.x._version  # a static input was refilled since the capture, before this replay
+            latch.__dict__.update(held, calls=list(held["calls"]))
+        if outputs.zeroes and not first:
+            progress = self._zero_grad_progress()
+            progress.increment_ready()
+            progress.increment_started()
+            progress.increment_completed()
+        outputs.tape.play()
+        closure._result = ClosureResult(outputs.loss, extra=free(outputs.extra))  # clones the loss
+
+    # -------------------------------------------------------------- parity
+
+    def _eager_twin(self, closure: Any, run: Callable[[], Any], undo: Callable[[], None]) -> tuple[StateCopy, list[Tensor]]:
+        """The results of the step taken eagerly; afterwards everything is as before it."""
+        assert self._recorder is not None
+        copy = StateCopy(self._state(), self._device)
+        try:
+            outputs = self._recorder.eager(partial(self._body, closure, run))
+            values = [t.clone() for t in (*self._state(), outputs.loss, *outputs.tape.tensors())]
+        finally:
+            undo()
+            copy.restore()
+        return copy, values
+
+    def _compare(self, entry: Entry, eager: tuple[StateCopy, list[Tensor]], outputs: Outputs) -> None:
+        copy, values = eager
+        gap = max_difference(values, [*self._state(), outputs.loss, *outputs.tape.tensors()])
+        entry.checked += 1
+        self._events.parity_max_abs = max(gap, self._events.parity_max_abs or 0.0)
+        if gap == 0.0:
+            return
+        reason = f"a replay differs from the eager step by up to {gap:.3g}"
+        self._events.because(reason)
+        if self._options.on_failure == "raise":
+            raise GraphCaptureError(f"CUDAGraph: {reason}")
+        copy.write(values[: len(self._state())])
+        entry.recording, entry.refused = None, reason
+
+    def _state(self) -> list[Tensor]:
+        held = [*self._tensors(), *self._optimizer_tensors()]
+        if self._position(self._trainer.fit_loop.epoch_loop.batch_idx):  # later micro-batches add to gradients in place
+            held += [p.grad for p in self._module.parameters() if p.grad is not None]
+        return held
+
+    def _tensors(self) -> list[Tensor]:
+        """Parameters and buffers, those of metrics aside, which run outside the graph."""
+        return [t for m in self._watched.values() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+
+    # -------------------------------------------------------------- Python's side of a step
+
+    def _preserve(self) -> Callable[[], None]:
+        """What takes back the traces that a step leaves in Python objects."""
+        grads = [(p, p.grad) for p in self._module.parameters()]
+        latches = [(tile.latch, _held(tile.latch)) for tile in self._tiles]
+        progress = self._zero_grad_progress()
+        counted = progress.state_dict()
+        state, hook = HostState(self._watched, _IGNORED), self._module._current_fx_name
+
+        def undo() -> None:
+            for p, grad in grads:
+                p.grad = grad
+            for latch, held in latches:
+                latch.__dict__.update(held, calls=list(held["calls"]))
+            progress.load_state_dict(counted)
+            state.restore()
+            self._module._current_fx_name = hook
+
+        return undo
+
+    def _zero_grad_progress(self) -> Any:
+        return self._trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.zero_grad
+
+    def _optimizer_tensors(self) -> list[Tensor]:
+        return [v for state in self._optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+
+    def clear(self) -> None:
+        """Let go of all graphs."""
+        self._cache.clear()
+        self._chain = None
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.clear()
+        self._batches.clear()
+        self._hook.remove()
+        if self._form is not None:
+            self._form.release()
+
+
+_WATCHED = "watched"
+
+
+def _held(latch: Latch) -> dict[str, Any]:
+    return {**latch.__dict__, "calls": list(latch.calls)}
+
+
+def _latched(held: dict[str, Any]) -> list[Tensor]:
+    tensors = [getattr(call, name) for call in held["calls"] for name in ("x", "xb", "d", "da")]
+    return tensors + [t for t in (held["grad_a"], held["grad_b"]) if t is not None]
