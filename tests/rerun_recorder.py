@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_lrtt.callbacks import CUDAGraph
+from lightning_lrtt.graphs import StateCopy
 
 
 class Rerun:
@@ -50,6 +51,7 @@ class RerunRecorder:
     def __init__(self, fail: BaseException | None = None) -> None:
         self.fail, self.records, self.replays = fail, 0, 0
         self.before_replay: Callable[[], Callable[[], None]] = lambda: lambda: None
+        self.before_record = self.before_replay
 
     def eager(self, function: Callable[[], Any]) -> Any:
         return function()
@@ -58,7 +60,12 @@ class RerunRecorder:
         self.records += 1
         if self.fail is not None:
             raise self.fail
-        return Rerun(function, self)
+        undo = self.before_record()
+        try:
+            return Rerun(function, self)
+        except BaseException:
+            undo()
+            raise
 
     def mark(self) -> Moment:
         return Moment()
@@ -85,5 +92,8 @@ class RehearsedGraph(CUDAGraph):
             counted = progress.state_dict()
             return lambda: progress.load_state_dict(counted)
 
-        self.recorder.before_replay = before_replay
+        def before_record() -> Callable[[], None]:  # a capture that fails has done no device work
+            return StateCopy([*pl_module.parameters(), *pl_module.buffers()], torch.device("cpu")).restore
+
+        self.recorder.before_replay, self.recorder.before_record = before_replay, before_record
         super().on_train_start(trainer, pl_module)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from graph_helpers import Net, Quiet, Rows, assert_same_run, data
+from graph_helpers import run as run_on
 from helpers import same_bits
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_helpers import DIGITAL, PULSED
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics import MeanSquaredError
 
-from lightning_lrtt import LRTTConfig, LRTTStrategy, ResumableLoader, build_info
+from lightning_lrtt import LRTTStrategy, ResumableLoader, build_info
 from lightning_lrtt.callbacks import CUDAGraph, MemoryCleanup, TileMonitor
 
 pytestmark = [
@@ -25,6 +28,7 @@ pytestmark = [
     pytest.mark.skipif(not build_info()["with_cuda"], reason="this build has CPU kernels only"),
 ]
 ROOT = Path(__file__).resolve().parents[1]
+run = partial(run_on, accelerator="gpu")
 both = pytest.mark.parametrize("config", [DIGITAL, PULSED], ids=["digital", "pulsed"])
 
 
@@ -37,109 +41,16 @@ def _deterministic_convolutions():
     torch.backends.cudnn.deterministic = before
 
 
-class Net(pl.LightningModule):
-    """Dropout, batch norm, a metric, two logs and a schedule: everything that a replay must go on with."""
-
-    def __init__(self, optimizer: str = "sgd", trap: str = "") -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 3))
-        self.error = MeanSquaredError()
-        self.kind, self.trap = optimizer, trap
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        x, y = batch
-        out = self.net(x)
-        loss = (out - y).square().mean()
-        if self.trap == "item" and loss.item() < 0:
-            return None
-        self.log("train/loss", loss, on_step=True, on_epoch=True)
-        self.error(out, y)
-        self.log("train/error", self.error, on_step=True, on_epoch=True)
-        self.log_dict({"train/largest": out.abs().max(), "train/mean": out.mean()}, reduce_fx="max")
-        return {"loss": loss, "out": out}
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        x, y = batch
-        self.log("val/loss", (self.net(x) - y).square().mean())
-
-    def configure_optimizers(self) -> Any:
-        if self.kind == "sgd":
-            optimizer: Any = torch.optim.SGD(self.parameters(), lr=0.1)
-        elif self.kind == "lion":
-            optimizer = _Foreign(self.parameters(), lr=0.1)
-        else:
-            optimizer = torch.optim.AdamW(self.parameters(), lr=0.02, capturable=True)
-        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class _Foreign(torch.optim.SGD):
-    """An optimizer that nobody knows."""
-
-
-class Watch(Callback):
-    """Every metric after every batch, and the extra output."""
-
-    def __init__(self) -> None:
-        self.seen: list[dict[str, torch.Tensor]] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        row = {name: v.detach().cpu().clone() for name, v in trainer.callback_metrics.items()}
-        row |= {f"out/{k}": v.detach().cpu().clone() for k, v in outputs.items()}
-        row |= {f"grad/{n}": p.grad.cpu().clone() for n, p in pl_module.named_parameters() if p.grad is not None}
-        self.seen.append(row)
-
-
-def data(samples: int = 74) -> TensorDataset:
-    x = torch.randn(samples, 6, generator=torch.Generator().manual_seed(1))
-    return TensorDataset(x, x[:, :3].sin())
-
-
-def run(tmp_path: Path, config: LRTTConfig, callbacks: list[Any], module: Any = None, ckpt_path: str | None = None,
-        train: Any = None, **kwargs: Any) -> tuple[Any, pl.Trainer, Watch]:
-    """Fit four epochs of seven batches of 10 and one of 4; returns module, Trainer and what was seen."""
-    pl.seed_everything(0)
-    module = Net() if module is None else module
-    watch = Watch()
-    options = {"max_epochs": 4, "log_every_n_steps": 7, "enable_progress_bar": False, "enable_checkpointing": False,
-               "enable_model_summary": False, "logger": False, "accelerator": "gpu", "devices": 1,
-               "num_sanity_val_steps": 0}
-    trainer = pl.Trainer(strategy=LRTTStrategy(config=config), callbacks=[watch, *callbacks], default_root_dir=str(tmp_path),
-                         **(options | kwargs))
-    train = DataLoader(data(), batch_size=10) if train is None else train
-    trainer.fit(module, train, DataLoader(data(20), batch_size=10), ckpt_path=ckpt_path, weights_only=False)
-    return module, trainer, watch
-
-
-def assert_same_run(one: tuple[Any, pl.Trainer, Watch], other: tuple[Any, pl.Trainer, Watch]) -> None:
-    """Model, optimizer state, progress and everything seen along the way: the same bits."""
-    states = [m.state_dict() for m, _, _ in (one, other)]
-    for name, value in states[0].items():
-        assert same_bits(value, states[1][name]), name
-    optimizers = [t.optimizers[0].state_dict()["state"] for _, t, _ in (one, other)]
-    assert optimizers[0].keys() == optimizers[1].keys()
-    for index, state in optimizers[0].items():
-        for key, value in state.items():
-            theirs = optimizers[1][index][key]
-            assert theirs == value if not isinstance(value, torch.Tensor) else same_bits(value.cpu(), theirs.cpu()), key
-    assert one[1].fit_loop.state_dict() == other[1].fit_loop.state_dict()
-    assert len(one[2].seen) == len(other[2].seen)
-    for step, (mine, theirs) in enumerate(zip(one[2].seen, other[2].seen, strict=True)):
-        assert mine.keys() == theirs.keys()
-        for name, value in mine.items():
-            assert same_bits(value, theirs[name]), (step, name, value, theirs[name])
-
-
 @both
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_whole_steps_equal_eager(tmp_path, config, optimizer, precision):
     """Schedule, dropout, batch norm, pulse noise, metrics, logs, validation and a ragged batch under replay: eager's bits."""
     graph = CUDAGraph(on_failure="raise")
-    captured = run(tmp_path, config, [graph], Net(optimizer), precision=precision)
+    captured = run(tmp_path, config, [graph], partial(Net, optimizer), precision=precision)
     assert graph.reasons == [] and graph.captures == 2  # the full batch and the ragged one
     assert graph.eager_steps == 4 and graph.replays == 32 - 4 - 2
-    assert_same_run(captured, run(tmp_path, config, [], Net(optimizer), precision=precision))
+    assert_same_run(captured, run(tmp_path, config, [], partial(Net, optimizer), precision=precision))
 
 
 @both
@@ -164,18 +75,18 @@ def test_half_precision_falls_to_the_tiles(tmp_path, config):
 def test_foreign_optimizer_falls_to_the_tiles(tmp_path):
     """An optimizer without a known device form: the tiles' update is recorded, the rest is eager."""
     graph = CUDAGraph()
-    captured = run(tmp_path, PULSED, [graph], Net("lion"))
-    assert graph.replays > 15 and any("_Foreign" in reason for reason in graph.reasons)
-    assert_same_run(captured, run(tmp_path, PULSED, [], Net("lion")))
+    captured = run(tmp_path, PULSED, [graph], partial(Net, "lion"))
+    assert graph.replays > 15 and any("Foreign" in reason for reason in graph.reasons)
+    assert_same_run(captured, run(tmp_path, PULSED, [], partial(Net, "lion")))
 
 
 @pytest.mark.parametrize("find", [True, False], ids=["found", "hit"])
 def test_synchronisation_in_a_step(tmp_path, find):
     """``.item()`` is named with file and line before the capture; unlooked for, the capture fails and the run goes on."""
     graph = CUDAGraph(find_syncs=find)
-    captured = run(tmp_path, PULSED, [graph], Net(trap="item"))
+    captured = run(tmp_path, PULSED, [graph], partial(Net, trap="item"))
     assert __file__ in graph.reasons[0] if find else "capture failed" in graph.reasons[0]
-    assert_same_run(captured, run(tmp_path, PULSED, [], Net(trap="item")))
+    assert_same_run(captured, run(tmp_path, PULSED, [], partial(Net, trap="item")))
 
 
 @both
@@ -208,18 +119,8 @@ def test_no_host_synchronisation(tmp_path, config):
                 self.strict = trainer.strategy.executor
 
     graph, wrap = CUDAGraph(on_failure="raise", timing=True), Wrap()
-    run(tmp_path, config, [graph, wrap], Quiet(), log_every_n_steps=1000)
+    run(tmp_path, config, [graph, wrap], Quiet, log_every_n_steps=1000)
     assert wrap.strict.replays >= 2 * 15
-
-
-class Quiet(Net):
-    """Logs tensors only: torchmetrics itself reads values, outside the graph but in the step."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        x, y = batch
-        loss = (self.net(x) - y).square().mean()
-        self.log("train/loss", loss, on_step=True, on_epoch=True)
-        return {"loss": loss}
 
 
 @both
@@ -273,24 +174,10 @@ def test_tile_monitor_sees_its_steps(tmp_path):
     """A TileMonitor's logging steps run eagerly between replays; it logs what it logs without graphs."""
     rows = []
     for graphs in ([], [CUDAGraph()]):
-        logger = _Rows()
+        logger = Rows()
         run(tmp_path, PULSED, [TileMonitor(), *graphs], logger=logger)
         rows.append([row for row in logger.rows if not any(name.startswith("graph/") for name in row)])
     assert rows[0] == rows[1] and any("tile/net.0/norm_A" in row for row in rows[0])
-
-
-def _Rows() -> Any:
-    from lightning.pytorch.loggers.logger import DummyLogger
-
-    class Rows(DummyLogger):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rows: list[dict[str, float]] = []
-
-        def log_metrics(self, metrics: Any, step: Any = None) -> None:
-            self.rows.append({**metrics, "step": step})
-
-    return Rows()
 
 
 @pytest.mark.parametrize(("config", "arch"), [("config.yaml", "mlp"), ("pulsed.yaml", "mlp"), ("convnet.yaml", "convnet"),
@@ -300,16 +187,18 @@ def test_digits_examples_equal_eager(tmp_path, monkeypatch, config, arch):
     from lightning_lrtt.cli import main
 
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["lrtt"])
+    monkeypatch.setattr(logging.getLogger("lightning_lrtt"), "handlers", [logging.NullHandler()])
     finals = []
     for graphs in (False, True):
         where = tmp_path / str(graphs)
         words = ["fit", "-c", f"examples/digits/{config}", "--trainer.max_epochs=3", "--trainer.accelerator=gpu",
-                 "--trainer.enable_progress_bar=false", f"--trainer.logger.init_args.save_dir={where}", "--test_after_fit=false",
+                 f"--trainer.logger.init_args.save_dir={where}", "--test_after_fit=false",
                  f"--model.init_args.arch={arch}", f"--model.init_args.hidden={32 if arch == 'convnet' else 128}"]
         main([*words, "--trainer.callbacks+=CUDAGraph"] if graphs else words)
         (path,) = where.rglob("*.ckpt")
         finals.append((torch.load(path, weights_only=False), _scalars(where)))
-        sys.stderr.flush()
     (eager, logged), (captured, also) = finals
     for name, value in eager["state_dict"].items():
         assert same_bits(value, captured["state_dict"][name]), name
