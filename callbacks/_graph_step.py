@@ -5,19 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.trainer.trainer import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_lrtt.callbacks._graph_records import Events, Options, Outputs, Placed, held_by
 from lightning_lrtt.callbacks._graph_tape import Tape, detached, free, metric_names, plain, watched
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from lightning_lrtt import LRTT
 from lightning_lrtt.graphs import (
@@ -37,74 +35,13 @@ from lightning_lrtt.graphs import (
 )
 from lightning_lrtt.graphs.batches import shapes
 from lightning_lrtt.nn import find_tiles
-from lightning_lrtt.nn.latch import Latch
 
 # Python numbers that Lightning hands out and that change from step to step.
 _FROZEN = {
     owner.__dict__[name].fget.__code__: f"{owner.__name__}.{name}"
-    for owner, names in ((LightningModule, ("current_epoch", "global_step")), (Trainer, ("current_epoch", "global_step")))
-    for name in names
+    for owner in (LightningModule, Trainer) for name in ("current_epoch", "global_step")
 }
 _IGNORED = frozenset({"_current_fx_name", "training"})
-
-
-@dataclass
-class Options:
-    """What `CUDAGraph` was asked for; see there."""
-
-    warmup: int
-    max_graphs: int
-    on_failure: str
-    parity_steps: int
-    find_syncs: bool
-
-
-@dataclass
-class Outputs:
-    """What a step leaves behind, all tensors static."""
-
-    loss: Tensor
-    extra: dict[str, Any]
-    tape: Tape
-    grads: list[tuple[torch.nn.Parameter, Tensor | None]]
-    latches: list[tuple[Latch, dict[str, Any]]]
-    zeroes: bool
-
-    def tensors(self) -> list[Tensor]:
-        """See `lightning_lrtt.graphs.recorder.Outputs`."""
-        latched = [t for _, state in self.latches for t in _latched(state)]
-        extra = [t for t in pytree.tree_leaves(self.extra) if isinstance(t, Tensor)]
-        return [self.loss, *extra, *self.tape.tensors(), *(g for _, g in self.grads if g is not None), *latched]
-
-
-@dataclass
-class Placed:
-    """The batch of the step in progress."""
-
-    key: Hashable
-    words: str
-    refused: str = ""
-
-
-@dataclass
-class Events:
-    """Counters and what happened, for the callback to report."""
-
-    captures: int = 0
-    replays: int = 0
-    eager_steps: int = 0
-    capture_ms: float = 0.0
-    parity_max_abs: float | None = None
-    pool_mib: float = 0.0
-    measured: int = 0  # captures when the pool was last measured
-    reasons: list[str] = field(default_factory=list)
-    on_reason: Callable[[str], None] = lambda reason: None
-
-    def because(self, reason: str) -> None:
-        """Note a reason once."""
-        if reason not in self.reasons:
-            self.reasons.append(reason)
-            self.on_reason(reason)
 
 
 class StepGraphs:
@@ -121,8 +58,9 @@ class StepGraphs:
         give_up: Called with reasons that concern every step; leaves the scope.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, recorder: Recorder | None, form: DeviceForm | None,
-                 options: Options, events: Events, timer: PhaseTimer | None, give_up: Callable[[list[str]], None]) -> None:
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, recorder: Recorder | None,
+                 form: DeviceForm | None, options: Options, events: Events, timer: PhaseTimer | None,
+                 give_up: Callable[[list[str]], None]) -> None:
         self._trainer, self._module, self._recorder, self._form = trainer, module, recorder, form
         self._options, self._events, self._timer, self._give_up = options, events, timer, give_up
         self._device = trainer.strategy.root_device
@@ -139,7 +77,8 @@ class StepGraphs:
         digital = self._lrtt.digital if self._lrtt is not None else self._optimizer
         self._hook = digital.register_load_state_dict_post_hook(lambda _: self.clear())
         self._stock_transfer = not any(
-            is_overridden(hook, owner) for owner in (module, trainer.datamodule) if owner is not None
+            is_overridden(hook, owner)
+            for owner in (module, trainer.datamodule) if owner is not None  # type: ignore[attr-defined]
             for hook in ("transfer_batch_to_device", "on_after_batch_transfer"))
         self._hyper: Hashable = None
         self._hyper_changes = 0
@@ -249,8 +188,8 @@ class StepGraphs:
             self._hyper_changes = self._hyper_changes + 1 if self._hyper is not None else 0
             self._hyper = hyper
             if self._hyper_changes == 2:
-                self._leave(["hyperparameters of the optimizer other than lr change from step to step, and a graph freezes "
-                             "them (OneCycleLR, CyclicLR: cycle_momentum=False)"])
+                self._leave(["hyperparameters of the optimizer other than lr change from step to step, and a graph "
+                             "freezes them (OneCycleLR, CyclicLR: cycle_momentum=False)"])
         elif self._hyper_changes < 2:
             self._hyper_changes = 0
         tensors = self._tensors()
@@ -310,10 +249,11 @@ class StepGraphs:
         if result is None or result.loss is None:
             raise ValueError("training_step returned None")
         if not plain(result.extra):
-            raise ValueError("training_step returns other things than tensors beside the loss, which a graph would repeat for ever")
+            raise ValueError("training_step returns other things than tensors beside the loss, which a graph would "
+                             "repeat for ever")
         grads = [(p, p.grad) for group in self._optimizer.param_groups for p in group["params"]]
         return Outputs(result.loss, detached(result.extra), tape, grads,
-                       [(tile.latch, _held(tile.latch)) for tile in self._tiles], closure._zero_grad_fn is not None)
+                       [(tile.latch, held_by(tile.latch)) for tile in self._tiles], closure._zero_grad_fn is not None)
 
     def _record(self, entry: Entry, closure: Any, run: Callable[[], Any]) -> bool:
         """Capture the step; True if it ran as a graph, False if it had to be run eagerly."""
@@ -377,7 +317,8 @@ class StepGraphs:
 
     # -------------------------------------------------------------- parity
 
-    def _eager_twin(self, closure: Any, run: Callable[[], Any], undo: Callable[[], None]) -> tuple[StateCopy, list[Tensor]]:
+    def _eager_twin(self, closure: Any, run: Callable[[], Any],
+                    undo: Callable[[], None]) -> tuple[StateCopy, list[Tensor]]:
         """The results of the step taken eagerly; afterwards everything is as before it."""
         assert self._recorder is not None
         copy = StateCopy(self._state(), self._device)
@@ -411,14 +352,15 @@ class StepGraphs:
 
     def _tensors(self) -> list[Tensor]:
         """Parameters and buffers, those of metrics aside, which run outside the graph."""
-        return [t for m in self._watched.values() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        owned = (t for m in self._watched.values() for t in (*m._parameters.values(), *m._buffers.values()))
+        return [t for t in owned if t is not None]
 
     # -------------------------------------------------------------- Python's side of a step
 
     def _preserve(self) -> Callable[[], None]:
         """What takes back the traces that a step leaves in Python objects."""
         grads = [(p, p.grad) for p in self._module.parameters()]
-        latches = [(tile.latch, _held(tile.latch)) for tile in self._tiles]
+        latches = [(tile.latch, held_by(tile.latch)) for tile in self._tiles]
         progress = self._zero_grad_progress()
         counted = progress.state_dict()
         state, hook = HostState(self._watched, _IGNORED), self._module._current_fx_name
@@ -455,12 +397,3 @@ class StepGraphs:
 
 
 _WATCHED = "watched"
-
-
-def _held(latch: Latch) -> dict[str, Any]:
-    return {**latch.__dict__, "calls": list(latch.calls)}
-
-
-def _latched(held: dict[str, Any]) -> list[Tensor]:
-    tensors = [getattr(call, name) for call in held["calls"] for name in ("x", "xb", "d", "da")]
-    return tensors + [t for t in (held["grad_a"], held["grad_b"]) if t is not None]

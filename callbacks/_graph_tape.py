@@ -1,4 +1,4 @@
-"""What a training step says to Lightning (``self.log``, metrics), written down once and said again after every replay."""
+"""What a training step says to Lightning (``self.log``, metrics): written down once, said again after every replay."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Deferred:
         self.value: Any = None
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"the value of {self.source} may only be logged in a recorded training_step: metrics run after every "
-                        "replay, outside the graph")
+        raise TypeError(f"the value of {self.source} may only be logged in a recorded training_step: metrics run after "
+                        "every replay, outside the graph")
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
     __float__ = __int__ = __bool__ = __getitem__ = __iter__ = __len__ = __lt__ = __gt__ = __le__ = __ge__ = _refuse
@@ -52,8 +52,8 @@ class Entry:
 class Tape:
     """Calls of ``log``, ``log_dict`` and of metrics, in order.
 
-    Logged tensors are copied within the graph, since the step may go on to change them; arguments of metrics are not, and
-    `check` refuses the tape if the step changed them.
+    Logged tensors are copied within the graph, since the step may go on to change them; arguments of metrics are not,
+    and `check` refuses the tape if the step changed them.
 
     Args:
         module: The LightningModule.

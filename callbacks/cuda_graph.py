@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_lrtt.callbacks._graph_policy import step_reasons
-from lightning_lrtt.callbacks._graph_step import Events, Options, StepGraphs
+from lightning_lrtt.callbacks._graph_records import Events, Options
+from lightning_lrtt.callbacks._graph_step import StepGraphs
 from typing_extensions import override
 
 from lightning_lrtt import LRTT, _check
@@ -24,10 +25,10 @@ log = logging.getLogger("lightning_lrtt")
 class CUDAGraph(Callback):
     """Run training steps as CUDA graphs: forward, backward, clipping, update and transfer in one launch.
 
-    For every shape of batch the first steps run eagerly, on real batches and as real steps; then one is captured, and from
-    there on replayed. lr, counters and random numbers come from device memory, so schedules and noise go on. Calls of
-    ``self.log`` and of torchmetrics are made again after every replay. Validation, checkpoints and everything else outside
-    the step stay as they are. Needs a strategy of this package.
+    For every shape of batch the first steps run eagerly, on real batches and as real steps; then one is captured, and
+    from there on replayed. lr, counters and random numbers come from device memory, so schedules and noise go on. Calls
+    of ``self.log`` and of torchmetrics are made again after every replay. Validation, checkpoints and everything else
+    outside the step stay as they are. Needs a strategy of this package.
 
     What cannot be recorded is found before the capture where possible, named with file and line, and said once on the
     logger ``lightning_lrtt`` and as text under ``graph/reasons``. Then only the update of the tiles is recorded
@@ -40,20 +41,20 @@ class CUDAGraph(Callback):
     Args:
         scope: ``step`` records whole steps where possible; ``optimizer`` the update of the tiles only.
         warmup: Eager steps before the first capture, at least 1; later shapes take one.
-        max_graphs: Shapes with a graph at the same time, at least 1. A shape beyond them runs eagerly, unless a graph has
-            rested for 100 steps and makes room.
+        max_graphs: Shapes with a graph at the same time, at least 1. A shape beyond them runs eagerly, unless a graph
+            has rested for 100 steps and makes room.
         on_failure: ``eager`` goes on without a graph; ``raise`` raises where a step cannot be recorded.
-        parity_steps: So many steps of every graph are also taken eagerly, from the same state, and the largest difference
-            of any parameter, buffer, optimizer state and logged value is logged. A graph that differs at all is given up
-            (kernels with unordered atomic additions differ from themselves).
+        parity_steps: So many steps of every graph are also taken eagerly, from the same state, and the largest
+            difference of any parameter, buffer, optimizer state and logged value is logged. A graph that differs at all
+            is given up (kernels with unordered atomic additions differ from themselves).
         timing: Log device times of the phases, by events that are read when the device has passed them.
         find_syncs: Look for host synchronisations and frozen host values in the last eager step before a capture.
         every_n_steps: Optimizer steps between logs; None: the Trainer's ``log_every_n_steps``.
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: At setup, with a strategy that is not ours; with ``on_failure='raise'`` at the start of
-            training, if whole steps (or, in scope ``optimizer``, tiles) cannot be recorded.
+        MisconfigurationException: At setup, with a strategy that is not ours; with ``on_failure='raise'`` if whole
+            steps cannot be recorded: at the start of training, or after the eager steps, when the finder has looked.
 
     Example:
         >>> CUDAGraph(parity_steps=2).state_key
@@ -245,7 +246,7 @@ class CUDAGraph(Callback):
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
-        every = self.every_n_steps or trainer.log_every_n_steps
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and not trainer.fit_loop._should_accumulate() and (self._now(trainer) + 1) % every == 0:
             self._write(trainer)
 
@@ -260,8 +261,9 @@ class CUDAGraph(Callback):
             values["parity_max_abs"] = events.parity_max_abs
         if self._timer is not None:
             values |= {f"{phase}_ms": mean for phase, mean in self._timer.means().items()}
+        metrics = {f"graph/{name}": float(value) for name, value in values.items()}
         for logger in trainer.loggers:
-            logger.log_metrics({f"graph/{name}": float(value) for name, value in values.items()}, step=self._now(trainer))
+            logger.log_metrics(metrics, step=self._now(trainer))
 
     @staticmethod
     def _now(trainer: Any) -> int:

@@ -39,9 +39,9 @@ class MemoryUse:
 class MemoryCleanup(Callback):
     """Empty torch's cache when the device is nearly full and much of what the cache holds is unused.
 
-    Emptying waits for the device and makes the next allocations slow, so a low ratio of allocated to reserved memory is no
-    reason by itself: as long as the device has room, the cache is good where it is. It is done between steps, never within
-    a CUDA graph's capture, and takes nothing from the graphs' own pool while they live.
+    Emptying waits for the device and makes the next allocations slow, so a low ratio of allocated to reserved memory is
+    no reason by itself: as long as the device has room, the cache is good where it is. It is done between steps, never
+    within a CUDA graph's capture, and takes nothing from the graphs' own pool while they live.
 
     Logged to all loggers when it happened: ``memory/freed_MiB`` and ``memory/cleanups`` (so far).
 
@@ -67,12 +67,13 @@ class MemoryCleanup(Callback):
         _check.integer(name, "every_n_steps", every_n_steps, low=1)
         self.threshold, self.min_unused, self.every_n_steps = threshold, min_unused, every_n_steps
         self.cleanups = 0
-        self._looked = -1
+        self._looked = 0
 
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(threshold=self.threshold, min_unused=self.min_unused, every_n_steps=self.every_n_steps)
+        return self._generate_state_key(threshold=self.threshold, min_unused=self.min_unused,
+                                        every_n_steps=self.every_n_steps)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -82,9 +83,9 @@ class MemoryCleanup(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
                            batch_idx: int) -> None:
         step = _stepped(trainer)
-        if step - self._looked < self.every_n_steps or trainer.fit_loop._should_accumulate():
+        if step + 1 - self._looked < self.every_n_steps or trainer.fit_loop._should_accumulate():
             return
-        self._looked = step
+        self._looked = step + 1
         device = trainer.strategy.root_device
         before = self.measure(device)
         if before is None or not self.helps(before) or self.capturing(device):
@@ -93,14 +94,14 @@ class MemoryCleanup(Callback):
         after = self.measure(device)
         freed = 0.0 if after is None else (before.reserved - after.reserved) / 2**20
         self.cleanups += 1
-        log.info("MemoryCleanup: step %d, %.0f MiB handed back to %s (%.0f of %.0f MiB reserved were in use)", step, freed,
-                 device, before.allocated / 2**20, before.reserved / 2**20)
+        log.info("MemoryCleanup: step %d, %.0f MiB handed back to %s (%.0f of %.0f MiB reserved were in use)", step,
+                 freed, device, before.allocated / 2**20, before.reserved / 2**20)
         for logger in trainer.loggers:
             logger.log_metrics({"memory/freed_MiB": freed, "memory/cleanups": float(self.cleanups)}, step=step)
 
     def helps(self, use: MemoryUse) -> bool:
         """Whether emptying the cache is worth its wait."""
-        full = use.reserved >= self.threshold * use.limit
+        full = use.reserved > 0 and use.reserved >= self.threshold * use.limit
         return full and use.reserved - use.allocated >= self.min_unused * use.reserved
 
     # -------------------------------------------------------------- the device

@@ -1,4 +1,4 @@
-"""A LightningModule with everything that a replay must go on with, and runs of it to compare; on a GPU where there is one."""
+"""A LightningModule with everything that a replay must go on with, and runs of it to compare."""
 
 from __future__ import annotations
 
@@ -78,22 +78,40 @@ def data(samples: int = 74) -> TensorDataset:
     return TensorDataset(x, x[:, :3].sin())
 
 
-def run(tmp_path: Path, config: LRTTConfig, callbacks: list[Any], module: Any = None, ckpt_path: str | None = None,
-        train: Any = None, accelerator: str = "cpu", **kwargs: Any) -> tuple[Any, pl.Trainer, Watch]:
+def run(
+    tmp_path: Path,
+    config: LRTTConfig,
+    callbacks: list[Any],
+    module: Any = None,
+    ckpt_path: str | None = None,
+    train: Any = None,
+    accelerator: str = "cpu",
+    **kwargs: Any,
+) -> tuple[Any, pl.Trainer, Watch]:
     """Fit four epochs of seven batches of 10 and one of 4; returns module, Trainer and what was seen.
 
-    Args:
-        module: What makes the module, so that it is made after the seed is set; an instance is for runs that are not
-            compared.
+    ``module`` makes the module, so that it is made after the seed is set; an instance is for runs not compared.
     """
     pl.seed_everything(0)
     module = Net() if module is None else module() if isinstance(module, (type, partial)) else module
     watch = Watch()
-    options = {"max_epochs": 4, "log_every_n_steps": 7, "enable_progress_bar": False, "enable_checkpointing": False,
-               "enable_model_summary": False, "logger": False, "accelerator": accelerator, "devices": 1,
-               "num_sanity_val_steps": 0}
-    trainer = pl.Trainer(strategy=LRTTStrategy(config=config), callbacks=[watch, *callbacks], default_root_dir=str(tmp_path),
-                         **(options | kwargs))
+    options = {
+        "max_epochs": 4,
+        "log_every_n_steps": 7,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "logger": False,
+        "accelerator": accelerator,
+        "devices": 1,
+        "num_sanity_val_steps": 0,
+    }
+    trainer = pl.Trainer(
+        strategy=LRTTStrategy(config=config),
+        callbacks=[watch, *callbacks],
+        default_root_dir=str(tmp_path),
+        **(options | kwargs),
+    )
     train = DataLoader(data(), batch_size=10) if train is None else train
     trainer.fit(module, train, DataLoader(data(20), batch_size=10), ckpt_path=ckpt_path, weights_only=False)
     return module, trainer, watch

@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-
 from lightning_lrtt.callbacks import CUDAGraph
+
 from lightning_lrtt.graphs import StateCopy
 
 

@@ -15,12 +15,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_helpers import DIGITAL, PULSED
+from lightning_lrtt.callbacks import CUDAGraph, TileMonitor
 from rerun_recorder import RehearsedGraph
 from torch.utils.data import DataLoader
 from torchmetrics import MeanAbsoluteError, MetricCollection
 
 from lightning_lrtt import LRTTStrategy, ResumableLoader
-from lightning_lrtt.callbacks import CUDAGraph, TileMonitor
 from lightning_lrtt.graphs import GraphCaptureError
 
 both = pytest.mark.parametrize("config", [DIGITAL, PULSED], ids=["digital", "pulsed"])
@@ -40,7 +40,7 @@ class Variant(Net):
 @both
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_whole_steps_equal_eager(tmp_path, config, precision):
-    """Schedule, dropout, batch norm, pulse noise, metrics, logs, validation and a ragged batch under replay: eager's bits."""
+    """Schedule, dropout, batch norm, noise, metrics, logs, validation, a ragged batch under replay: eager's bits."""
     graph = RehearsedGraph(on_failure="raise")
     recorded = run(tmp_path, config, [graph], precision=precision)
     assert graph.reasons == [] and graph.captures == 2  # the full batch and the ragged one
@@ -50,7 +50,7 @@ def test_whole_steps_equal_eager(tmp_path, config, precision):
 
 @both
 def test_accumulation_and_clipping(tmp_path, config):
-    """Micro-batches and the update as recordings of one window; the window that the epoch's end cuts short has its own."""
+    """Micro-batches and update as recordings of one window; a window that the epoch's end cuts short has its own."""
     options = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05, "max_epochs": 8}
     graph = RehearsedGraph(max_graphs=8, on_failure="raise")
     recorded = run(tmp_path, config, [graph], **options)
@@ -152,10 +152,19 @@ class Hook(Net):
         self.log("grad", self.net[0].A.grad.norm())
 
 
-@pytest.mark.parametrize(("kind", "said"), [
-    (Masks, "boolean mask"), (Counts, "calls changes"), (Replaces, "mean changes"), (Epochs, "current_epoch"),
-    (Numbers, "Python number"), (Index, "batch_idx"), (Hook, "Hook.on_before_optimizer_step"),
-], ids=lambda v: getattr(v, "__name__", ""))
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (Masks, "boolean mask"),
+        (Counts, "calls changes"),
+        (Replaces, "mean changes"),
+        (Epochs, "current_epoch"),
+        (Numbers, "Python number"),
+        (Index, "batch_idx"),
+        (Hook, "Hook.on_before_optimizer_step"),
+    ],
+    ids=lambda v: getattr(v, "__name__", ""),
+)
 def test_traps_fall_to_the_tiles(tmp_path, kind, said):
     """What a graph would get wrong is named, the tiles' update is recorded alone, and the bits are eager's."""
     graph = RehearsedGraph()
@@ -233,7 +242,9 @@ def test_nothing_to_record(tmp_path):
     """A model without tiles whose steps cannot be recorded stays eager, and that is said."""
     graph = RehearsedGraph()
     pl.seed_everything(0)
-    trainer = pl.Trainer(strategy=LRTTStrategy(include=[]), callbacks=[graph], accelerator="cpu", barebones=True, max_epochs=1)
+    trainer = pl.Trainer(
+        strategy=LRTTStrategy(include=[]), callbacks=[graph], accelerator="cpu", barebones=True, max_epochs=1
+    )
     trainer.fit(Index(), DataLoader(data(), 10))
     assert "no tiles" in graph.reasons[-1] and graph.replays == 0
 
@@ -313,8 +324,14 @@ def test_resume_in_the_middle(tmp_path, config):
     saver = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=18, save_top_k=-1, filename="at")
     whole = run(tmp_path, config, [RehearsedGraph(), saver], train=loader(), enable_checkpointing=True)
     graph = RehearsedGraph()
-    resumed = run(tmp_path, config, [graph, ModelCheckpoint(tmp_path / "other")], train=loader(),
-                  ckpt_path=str(tmp_path / "ckpt" / "at.ckpt"), enable_checkpointing=True)
+    resumed = run(
+        tmp_path,
+        config,
+        [graph, ModelCheckpoint(tmp_path / "other")],
+        train=loader(),
+        ckpt_path=str(tmp_path / "ckpt" / "at.ckpt"),
+        enable_checkpointing=True,
+    )
     assert graph.captures >= 2 and graph.replays > 18 - 4  # the first run's counters go on
     for name, value in whole[0].state_dict().items():
         assert same_bits(value, resumed[0].state_dict()[name]), name
@@ -461,9 +478,24 @@ def test_tags(tmp_path):
     run(tmp_path, DIGITAL, [RehearsedGraph(parity_steps=1, timing=True, max_graphs=1)], Quiet, logger=logger)
     events = EventAccumulator(str(tmp_path / "run" / "version_0"), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
-    tags = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag.startswith("graph/")}
-    assert tags.keys() == {f"graph/{name}" for name in ("captures", "replays", "eager_steps", "pool_MiB", "capture_ms",
-                                                        "parity_max_abs", "transfer_ms", "step_ms")}
+    tags = {
+        tag: [(e.step, e.value) for e in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag.startswith("graph/")
+    }
+    assert tags.keys() == {
+        f"graph/{name}"
+        for name in (
+            "captures",
+            "replays",
+            "eager_steps",
+            "pool_MiB",
+            "capture_ms",
+            "parity_max_abs",
+            "transfer_ms",
+            "step_ms",
+        )
+    }
     assert [step for step, _ in tags["graph/replays"]] == [6, 13, 20, 27, 32]  # every 7 steps, and at the end
     assert tags["graph/captures"][-1][1] == 1 and tags["graph/pool_MiB"][-1][1] == 1 and tags["graph/step_ms"][0][1] > 0
     assert tags["graph/replays"][-1][1] + tags["graph/eager_steps"][-1][1] + 1 == 32
@@ -475,14 +507,21 @@ def test_reasons_are_logged_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="lightning_lrtt"):
         run(tmp_path, DIGITAL, [CUDAGraph()])
     assert [r.message for r in caplog.records if "CUDAGraph" in r.message] == [
-        "CUDAGraph: device cpu has no CUDA graphs; every step is eager"]
+        "CUDAGraph: device cpu has no CUDA graphs; every step is eager"
+    ]
 
 
-@pytest.mark.parametrize(("numbers", "message"), [
-    ({"scope": "backward"}, "scope must be one of"), ({"warmup": 0}, "warmup must be >= 1"),
-    ({"max_graphs": 0}, "max_graphs must be >= 1"), ({"parity_steps": -1}, "parity_steps must be >= 0"),
-    ({"on_failure": "ignore"}, "on_failure must be one of"), ({"every_n_steps": 0}, "every_n_steps must be >= 1"),
-])
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ({"scope": "backward"}, "scope must be one of"),
+        ({"warmup": 0}, "warmup must be >= 1"),
+        ({"max_graphs": 0}, "max_graphs must be >= 1"),
+        ({"parity_steps": -1}, "parity_steps must be >= 0"),
+        ({"on_failure": "ignore"}, "on_failure must be one of"),
+        ({"every_n_steps": 0}, "every_n_steps must be >= 1"),
+    ],
+)
 def test_arguments(numbers, message):
     with pytest.raises(ValueError, match=message):
         CUDAGraph(**numbers)
@@ -496,8 +535,19 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["lrtt"])
     monkeypatch.setattr(logging.getLogger("lightning_lrtt"), "handlers", [logging.NullHandler()])
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install -e '.[examples]'")
-    main(["fit", "-c", "examples/digits/convnet.yaml", "--trainer.accelerator=cpu", f"--trainer.logger.save_dir={tmp_path}",
-          "--trainer.max_steps=5", "--trainer.callbacks+=CUDAGraph", "--trainer.callbacks.parity_steps=2",
-          "--trainer.callbacks+=MemoryCleanup", "--test_after_fit=false"])
+    main(
+        [
+            "fit",
+            "-c",
+            "examples/digits/convnet.yaml",
+            "--trainer.accelerator=cpu",
+            f"--trainer.logger.save_dir={tmp_path}",
+            "--trainer.max_steps=5",
+            "--trainer.callbacks+=CUDAGraph",
+            "--trainer.callbacks.parity_steps=2",
+            "--trainer.callbacks+=MemoryCleanup",
+            "--test_after_fit=false",
+        ]
+    )
     saved = next(tmp_path.rglob("config.yaml")).read_text()
     assert "parity_steps: 2" in saved and "lightning_lrtt.callbacks.MemoryCleanup" in saved

@@ -16,11 +16,11 @@ from graph_helpers import run as run_on
 from helpers import same_bits
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning_helpers import DIGITAL, PULSED
+from lightning_lrtt.callbacks import CUDAGraph, MemoryCleanup, TileMonitor
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lrtt import LRTTStrategy, ResumableLoader, build_info
-from lightning_lrtt.callbacks import CUDAGraph, MemoryCleanup, TileMonitor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -45,7 +45,7 @@ def _deterministic_convolutions():
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_whole_steps_equal_eager(tmp_path, config, optimizer, precision):
-    """Schedule, dropout, batch norm, pulse noise, metrics, logs, validation and a ragged batch under replay: eager's bits."""
+    """Schedule, dropout, batch norm, noise, metrics, logs, validation, a ragged batch under replay: eager's bits."""
     graph = CUDAGraph(on_failure="raise")
     captured = run(tmp_path, config, [graph], partial(Net, optimizer), precision=precision)
     assert graph.reasons == [] and graph.captures == 2  # the full batch and the ragged one
@@ -65,7 +65,7 @@ def test_accumulation_and_clipping(tmp_path, config):
 
 @both
 def test_half_precision_falls_to_the_tiles(tmp_path, config):
-    """The GradScaler decides on the host, so 16-mixed records the tiles' update only, says so, and keeps eager's bits."""
+    """The GradScaler decides on the host: 16-mixed records the tiles' update only, says so, and keeps eager's bits."""
     graph = CUDAGraph(max_graphs=8)
     captured = run(tmp_path, config, [graph], precision="16-mixed")
     assert graph.replays > 5 and any("GradScaler" in reason for reason in graph.reasons)
@@ -82,7 +82,7 @@ def test_foreign_optimizer_falls_to_the_tiles(tmp_path):
 
 @pytest.mark.parametrize("find", [True, False], ids=["found", "hit"])
 def test_synchronisation_in_a_step(tmp_path, find):
-    """``.item()`` is named with file and line before the capture; unlooked for, the capture fails and the run goes on."""
+    """``.item()`` is named with file and line before the capture; otherwise the capture fails and the run goes on."""
     graph = CUDAGraph(find_syncs=find)
     captured = run(tmp_path, PULSED, [graph], partial(Net, trap="item"))
     assert __file__ in graph.reasons[0] if find else "capture failed" in graph.reasons[0]
@@ -134,13 +134,25 @@ def test_resume_in_the_middle(tmp_path, config):
     options = {"enable_checkpointing": True}
     whole = run(tmp_path, config, [CUDAGraph(), saver], train=loader(), **options)
     graph = CUDAGraph()
-    resumed = run(tmp_path, config, [graph, ModelCheckpoint(tmp_path / "other")], train=loader(),
-                  ckpt_path=str(tmp_path / "ckpt" / "at.ckpt"), **options)
+    resumed = run(
+        tmp_path,
+        config,
+        [graph, ModelCheckpoint(tmp_path / "other")],
+        train=loader(),
+        ckpt_path=str(tmp_path / "ckpt" / "at.ckpt"),
+        **options,
+    )
     assert graph.replays > 0
     for name, value in whole[0].state_dict().items():
         assert same_bits(value, resumed[0].state_dict()[name]), name
-    plain = run(tmp_path, config, [ModelCheckpoint(tmp_path / "third")], train=loader(),
-                ckpt_path=str(tmp_path / "ckpt" / "at.ckpt"), **options)
+    plain = run(
+        tmp_path,
+        config,
+        [ModelCheckpoint(tmp_path / "third")],
+        train=loader(),
+        ckpt_path=str(tmp_path / "ckpt" / "at.ckpt"),
+        **options,
+    )
     for name, value in whole[0].state_dict().items():  # a checkpoint of graphs goes on without them
         assert same_bits(value, plain[0].state_dict()[name]), name
 
@@ -180,10 +192,12 @@ def test_tile_monitor_sees_its_steps(tmp_path):
     assert rows[0] == rows[1] and any("tile/net.0/norm_A" in row for row in rows[0])
 
 
-@pytest.mark.parametrize(("config", "arch"), [("config.yaml", "mlp"), ("pulsed.yaml", "mlp"), ("convnet.yaml", "convnet"),
-                                              ("pulsed.yaml", "convnet")])
+@pytest.mark.parametrize(
+    ("config", "arch"),
+    [("config.yaml", "mlp"), ("pulsed.yaml", "mlp"), ("convnet.yaml", "convnet"), ("pulsed.yaml", "convnet")],
+)
 def test_digits_examples_equal_eager(tmp_path, monkeypatch, config, arch):
-    """``lrtt fit -c examples/digits/... --trainer.callbacks+=CUDAGraph``: the checkpoint and the log of the run without."""
+    """``lrtt fit -c examples/digits/... --trainer.callbacks+=CUDAGraph``: checkpoint and log of the run without."""
     from lightning_lrtt.cli import main
 
     monkeypatch.chdir(ROOT)
@@ -193,9 +207,17 @@ def test_digits_examples_equal_eager(tmp_path, monkeypatch, config, arch):
     finals = []
     for graphs in (False, True):
         where = tmp_path / str(graphs)
-        words = ["fit", "-c", f"examples/digits/{config}", "--trainer.max_epochs=3", "--trainer.accelerator=gpu",
-                 f"--trainer.logger.init_args.save_dir={where}", "--test_after_fit=false",
-                 f"--model.init_args.arch={arch}", f"--model.init_args.hidden={32 if arch == 'convnet' else 128}"]
+        words = [
+            "fit",
+            "-c",
+            f"examples/digits/{config}",
+            "--trainer.max_epochs=3",
+            "--trainer.accelerator=gpu",
+            f"--trainer.logger.init_args.save_dir={where}",
+            "--test_after_fit=false",
+            f"--model.init_args.arch={arch}",
+            f"--model.init_args.hidden={32 if arch == 'convnet' else 128}",
+        ]
         main([*words, "--trainer.callbacks+=CUDAGraph"] if graphs else words)
         (path,) = where.rglob("*.ckpt")
         finals.append((torch.load(path, weights_only=False), _scalars(where)))
@@ -245,8 +267,15 @@ def test_graphs_are_faster_on_small_layers(tmp_path):
     for graphs in ([], [CUDAGraph()]):
         clock = Clock()
         pl.seed_everything(0)
-        trainer = pl.Trainer(strategy=LRTTStrategy(config=PULSED), callbacks=[clock, *graphs], accelerator="gpu", devices=1,
-                             max_epochs=1, barebones=True, default_root_dir=str(tmp_path))
+        trainer = pl.Trainer(
+            strategy=LRTTStrategy(config=PULSED),
+            callbacks=[clock, *graphs],
+            accelerator="gpu",
+            devices=1,
+            max_epochs=1,
+            barebones=True,
+            default_root_dir=str(tmp_path),
+        )
         trainer.fit(Deep(), DataLoader(TensorDataset(torch.randn(64 * 60, 64)), batch_size=64))
         medians.append(sorted(clock.times[20:])[20])
     assert medians[1] < medians[0] / 2, medians

@@ -1,4 +1,4 @@
-"""CUDA graphs without Lightning, on a GPU: recording, recovery, the device forms of stock optimizers, the tiles' update."""
+"""CUDA graphs without Lightning, on a GPU: recording, recovery, device forms of optimizers, the tiles' update."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_random_numbers_go_on_as_eagerly():
 
 @pytest.mark.parametrize("trap", ["python", "item"])
 def test_failed_capture_leaves_everything_usable(trap):
-    """After an error inside a capture, be it Python's or the device's, eager work, random numbers and new captures go on."""
+    """After an error in a capture, Python's or the device's, eager work, random numbers and new captures go on."""
     recorder = CudaRecorder(CUDA)
     x = torch.ones(1000, device=CUDA)
 
@@ -124,7 +124,7 @@ OPTIMIZERS = {
 
 
 def _train(make, mode: str, steps: int = 12) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """``default``: the optimizer as it is; ``eager``: its device form; ``graph``: that recorded. lr falls at every step."""
+    """``default``: the optimizer as it is; ``eager``: its device form; ``graph``: that, recorded. lr falls."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 9), nn.Tanh(), nn.Linear(9, 3)).to(CUDA)
     optimizer = make(model.parameters())
@@ -173,7 +173,9 @@ def test_device_form_replays_to_the_bit(name):
     for one, other, usual in zip(eager.parameters(), graph.parameters(), default.parameters(), strict=True):
         assert same_bits(one, other)
         torch.testing.assert_close(other, usual, rtol=1e-5, atol=1e-5)
-    for group, usual in zip(optimizer.param_groups, plain.param_groups, strict=True):  # flags and lr are the user's again
+    for group, usual in zip(
+        optimizer.param_groups, plain.param_groups, strict=True
+    ):  # flags and lr are the user's again
         assert {k: v for k, v in group.items() if k != "params"} == {k: v for k, v in usual.items() if k != "params"}
 
 
@@ -201,7 +203,7 @@ def test_device_form_goes_on_from_a_checkpoint():
 
 @pytest.mark.parametrize("fast", [None, devices.SoftBounds()], ids=["digital", "pulsed"])
 def test_tile_graphs_equal_eager(fast):
-    """The tiles' update alone as a graph, with an eager backward, a falling lr and a ragged batch: the bits of eager steps."""
+    """The tiles' update alone as a graph; eager backward, a falling lr, a ragged batch: the bits of eager steps."""
     finals = []
     for graphs in (False, True):
         torch.manual_seed(1)
@@ -210,7 +212,9 @@ def test_tile_graphs_equal_eager(fast):
         optimizer = LRTT(model.parameters(), lr=0.1)
         events: list[str] = []
         if graphs:
-            optimizer.runner = TileGraphs(CudaRecorder(CUDA), report=lambda event, _, events=events: events.append(event))
+            optimizer.runner = TileGraphs(
+                CudaRecorder(CUDA), report=lambda event, _, events=events: events.append(event)
+            )
         for i in range(14):
             x = torch.randn(16 if i % 5 else 7, 32, generator=torch.Generator().manual_seed(i)).to(CUDA)
             optimizer.zero_grad()
@@ -246,8 +250,13 @@ def test_finder_tells_devices_apart():
         float(torch.ones(()))
         x.add_(1.0)
     assert finder.findings == []
-    for do, kind in ((lambda: x.cpu(), "sync"), (lambda: x.sum().item(), "sync"), (lambda: torch.tensor(2.0, device=CUDA), "sync"),
-                     (lambda: torch.rand(3), "frozen"), (lambda: x[x > 0], "sync")):
+    for do, kind in (
+        (lambda: x.cpu(), "sync"),
+        (lambda: x.sum().item(), "sync"),
+        (lambda: torch.tensor(2.0, device=CUDA), "sync"),
+        (lambda: torch.rand(3), "frozen"),
+        (lambda: x[x > 0], "sync"),
+    ):
         finder = Finder(CUDA)
         with finder.watch():
             do()

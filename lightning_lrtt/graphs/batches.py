@@ -47,8 +47,8 @@ def describe(batch: Any) -> tuple[Hashable, list[Any], Any]:
         elif isinstance(leaf, _PLAIN):
             parts.append(leaf)
         else:
-            raise Unsupported(f"a batch must be made of tensors and plain Python values, got {type(leaf).__name__}; return "
-                              "a dict, list or tuple from collate_fn")
+            raise Unsupported(f"a batch must be made of tensors and plain Python values, got {type(leaf).__name__}; "
+                              "return a dict, list or tuple from collate_fn")
     return tuple(parts), leaves, spec
 
 

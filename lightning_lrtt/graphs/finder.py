@@ -1,4 +1,4 @@
-"""Finds, in one ordinary step, what a graph of it could not hold: host synchronisations and values frozen on the host."""
+"""Finds, in one ordinary step, what a graph could not hold: host synchronisations and values frozen on the host."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -38,7 +39,8 @@ _SYNCS = {
     "aten::_linalg_check_errors": "the error code of a factorisation is read (use the _ex form)",
     "aten::tolist": "values are read",
 }
-_METHODS = {"item": "a value is read", "tolist": "values are read", "numpy": "values are read", "cpu": "a copy to the host waits"}
+_METHODS = {"item": "a value is read", "tolist": "values are read", "numpy": "values are read",
+            "cpu": "a copy to the host waits"}
 _OWN = Path(__file__).resolve().parent.parent
 
 
@@ -63,12 +65,12 @@ class Finding:
 class Finder:
     """Watches one step without changing it, on any device.
 
-    Every operator that reaches the dispatcher is looked at, and so are calls of tensor methods and of Python's clocks and
-    generators from code outside the libraries.
+    Every operator that reaches the dispatcher is looked at, and so are calls of tensor methods and of Python's clocks
+    and generators from code outside the libraries.
 
     Args:
-        device: Where the model is. On CUDA only work on that device can wait for it; on a CPU, everything counts as if the
-            model were on a GPU.
+        device: Where the model is. On CUDA only work on that device can wait for it; on a CPU, everything counts as if
+            the model were on a GPU.
         frozen: Names of functions, by code object, whose value changes from step to step.
 
     Example:
@@ -100,13 +102,15 @@ class Finder:
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Look at everything within."""
-        outer = sys.getprofile()
+        outer, before = sys.getprofile(), _numpy_state()
         sys.setprofile(self._on_call)
         try:
             with _Dispatch(self):
                 yield
         finally:
             sys.setprofile(outer)
+        if _numpy_state() != before:  # its compiled methods call no profiler
+            self.add("frozen", "random numbers are drawn on the host (numpy.random)", "an unknown line")
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -155,15 +159,15 @@ class Finder:
             if name in _METHODS and isinstance(owner, Tensor):
                 if owner.device == self.device:
                     self.add("sync", f"{_METHODS[name]} (.{name}())", location(frame))
-            elif isinstance(owner, random.Random) or type(owner).__module__.startswith("numpy.random"):
+            elif isinstance(owner, random.Random):
                 self.add("frozen", "random numbers are drawn on the host", location(frame))
             elif owner is time and not _in_library(frame.f_code.co_filename):
                 self.add("frozen", f"time.{name}() is read", location(frame))
 
 
-class _Dispatch(TorchDispatchMode):
+class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, finder: Finder) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._finder = finder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
@@ -172,18 +176,24 @@ class _Dispatch(TorchDispatchMode):
         return result
 
 
+def _numpy_state() -> tuple[bytes, int]:
+    state: Any = np.random.get_state(legacy=True)
+    return np.asarray(state[1]).tobytes(), int(state[2])
+
+
 def _mask(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"):
         masks = any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in args[1])
         fills = name != "aten::index" and args[2].numel() == 1  # becomes masked_fill
         return "the size of a selection by a boolean mask is read (use torch.where)" if masks and not fills else ""
     if name == "aten::repeat_interleave":
-        return "" if kwargs.get("output_size") is not None else "the size of repeat_interleave's result is read (give output_size)"
+        given = kwargs.get("output_size") is not None
+        return "" if given else "the size of repeat_interleave's result is read (give output_size)"
     return ""
 
 
 def location(frame: FrameType | None = None) -> str:
-    """``file:line`` of the innermost running code outside the libraries; failing that, of the innermost outside torch."""
+    """``file:line`` of the innermost running code outside the libraries; failing that, outside torch."""
     if frame is None:
         if threading.current_thread() is not threading.main_thread() and not _own_frames(sys._getframe(1)):
             return "in backward"
@@ -214,7 +224,7 @@ def _within(name: str, folder: str) -> bool:
 _TORCH = str(Path(torch.__file__).resolve().parent) + "/"
 _GRAPHS = str(_OWN / "graphs") + "/"
 _LIBRARIES: dict[str, bool] = {}
-_FOLDERS: tuple[str, ...] = tuple({sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib")})
+_FOLDERS = tuple({sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib")})
 _OWN_CALLBACKS = str(_OWN.parent / "callbacks") + "/"  # an editable install runs them from there
 
 
@@ -249,7 +259,7 @@ def read_argument(function: Callable[..., Any], position: int) -> str:
         current = pending.pop()
         pending += [c for c in current.co_consts if isinstance(c, CodeType)]
         for instruction in dis.get_instructions(current):
-            value = instruction.argval
-            if instruction.opname.startswith("LOAD") and (value == name or (isinstance(value, tuple) and name in value)):
+            values = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+            if instruction.opname.startswith("LOAD") and name in values:
                 return name
     return ""

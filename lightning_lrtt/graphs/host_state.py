@@ -52,7 +52,8 @@ class HostState:
                     setattr(module, key, value)
 
     def _read(self, module: nn.Module) -> dict[str, Any]:
-        own = {key: v for key, v in vars(module).items() if isinstance(v, (*_SIMPLE, Tensor)) and key not in self._ignore}
+        kept = (*_SIMPLE, Tensor)
+        own = {key: v for key, v in vars(module).items() if isinstance(v, kept) and key not in self._ignore}
         return own | {key: v for key, v in module._buffers.items() if v is not None}
 
 

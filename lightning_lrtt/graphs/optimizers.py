@@ -14,10 +14,11 @@ __all__ = ["DeviceForm"]
 
 _FUSED: tuple[type[Optimizer], ...] = (optim.SGD,)
 _CAPTURABLE: tuple[type[Optimizer], ...] = (
-    optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.ASGD, optim.Adadelta, optim.RMSprop, optim.Rprop,
+    optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.ASGD, optim.Adadelta, optim.RMSprop,
+    optim.Rprop,
 )
 # Set while `step` runs, by kind.
-_FLAGS = {"fused": {"fused": True, "foreach": None}, "capturable": {"capturable": True}}
+_FLAGS: dict[str, dict[str, Any]] = {"fused": {"fused": True, "foreach": None}, "capturable": {"capturable": True}}
 
 
 class DeviceForm:
@@ -26,8 +27,8 @@ class DeviceForm:
     SGD takes its fused form, the others their capturable one. The groups are changed only while `active`: outside,
     schedulers and checkpoints see them as the user made them, with a lr that is a Python number.
 
-    The forms round differently from the defaults in the last bits (Adam's bias correction is taken in float32), so every
-    step of a run, recorded or not, should use the same form.
+    The forms round differently from the defaults in the last bits (Adam's bias correction is taken in float32), so
+    every step of a run, recorded or not, should use the same form.
 
     Args:
         optimizer: The optimizer.
@@ -51,14 +52,14 @@ class DeviceForm:
         name = type(optimizer).__name__
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if type(optimizer) not in (*_FUSED, *_CAPTURABLE):
-            return (f"optimizer {name} has no capturable or fused form that is known to keep lr and step counts on the device; "
-                    "use SGD or a member of the Adam family")
+            return (f"optimizer {name} has no capturable or fused form that is known to keep lr and step counts on the "
+                    "device; use SGD or a member of the Adam family")
         if any(hooks for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)):
             return f"step hooks registered on {name} would run once and then go silent; remove them"
         if any(group.get("differentiable") for group in optimizer.param_groups):
             return f"{name}(differentiable=True) cannot be recorded"
-        if any(p.device != device for p in parameters):
-            return f"all parameters of {name} must be on {device}, got some on {next(p.device for p in parameters if p.device != device)}"
+        if away := [p.device for p in parameters if p.device != device]:
+            return f"all parameters of {name} must be on {device}, got some on {away[0]}"
         if type(optimizer) in _FUSED and any(not p.is_floating_point() for p in parameters):
             return f"{name} of complex parameters has no fused form"
         if any(isinstance(value, Tensor) for group in optimizer.param_groups for key, value in group.items()
@@ -67,7 +68,7 @@ class DeviceForm:
         return ""
 
     def signature(self) -> Hashable:
-        """Everything of the groups that a recording freezes: a schedule of momentum, say, asks for another recording."""
+        """Everything of the groups that a recording freezes: another momentum, say, asks for another recording."""
         skip = ("params", "lr", "initial_lr", "swa_lr")
         return tuple((len(group["params"]), *(_hashable(v) for k, v in group.items() if k not in skip))
                      for group in self.optimizer.param_groups)
@@ -87,17 +88,17 @@ class DeviceForm:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Within, ``optimizer.step()`` takes the device form. On the CPU, where nothing is recorded, nothing changes."""
+        """Within, ``optimizer.step()`` takes the device form. On a CPU, where nothing is recorded, nothing changes."""
         if self.device.type != "cuda":
             yield
             return
         self._to_device()
-        self.optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # eager steps are meant
+        self.optimizer._warned_capturable_if_run_uncaptured = True  # eager steps are meant
         flags = _FLAGS["fused" if type(self.optimizer) in _FUSED else "capturable"]
         groups = list(self.optimizer.param_groups)
         before = [dict(group) for group in groups]
         for group, lr in zip(groups, self._lr, strict=True):
-            group.update(flags, lr=lr)
+            group.update({**flags, "lr": lr})
         try:
             yield
         finally:

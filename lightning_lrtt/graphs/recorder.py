@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -81,12 +80,12 @@ class CudaMark:
     """An event on the current stream."""
 
     def __init__(self) -> None:
-        self._event = torch.cuda.Event(enable_timing=True)
+        self._event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._event.record()
 
     def ready(self) -> bool:
         """Whether the event has happened."""
-        return self._event.query()
+        return bool(self._event.query())
 
     def milliseconds_since(self, earlier: CudaMark) -> float:
         """Time between two events that have happened."""
@@ -113,7 +112,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        self._stream = torch.cuda.Stream(self.device)
+        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._pools: list[Any] = []
 
     def eager(self, function: Callable[[], Any]) -> Any:
@@ -187,7 +186,7 @@ class CudaRecorder:
     def pool_bytes(self) -> int:
         """Segments of the recordings' pool. Walks the allocator's tables: for captures, not for steps."""
         pools = {tuple(pool) for pool in self._pools}
-        segments = torch.cuda.memory_snapshot()
+        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         return sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", ())) in pools)
 
 
@@ -197,8 +196,3 @@ def _end_allocation(device: int, pool: Any) -> None:
         torch._C._cuda_endAllocateToPool(device, pool)
     except RuntimeError:
         return  # it had come to that
-
-
-def clock() -> float:
-    """Host milliseconds, for what synchronises anyway."""
-    return time.perf_counter() * 1e3

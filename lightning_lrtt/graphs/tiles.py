@@ -38,7 +38,8 @@ class TileGraphs:
         on_failure: ``eager`` goes on without a graph, ``raise`` raises.
     """
 
-    def __init__(self, recorder: Recorder, warmup: int = 3, size: int = 4, eager_now: Callable[[], bool] = lambda: False,
+    def __init__(self, recorder: Recorder, warmup: int = 3, size: int = 4,
+                 eager_now: Callable[[], bool] = lambda: False,
                  report: Callable[[str, str], None] = lambda event, reason: None, on_failure: str = "eager") -> None:
         self._recorder, self._warmup, self._cache = recorder, warmup, GraphCache(size)
         self._eager_now, self._report, self._on_failure = eager_now, report, on_failure

@@ -18,15 +18,16 @@ class StepExecutor(Protocol):
     def place(self, batch: Any, transfer: Callable[[Any], Any]) -> Any:
         """A training batch on the device; ``transfer`` is the strategy's own way."""
 
-    def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any], run: Callable[[], Any], update: bool) -> Any:
+    def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any], run: Callable[[], Any],
+             update: bool) -> Any:
         """One micro-batch, ``update`` if the optimizer steps at its end; ``run`` is the strategy's own way."""
 
 
 class ExecutorSeams(Strategy):
     """A strategy whose training steps an executor may run; without one it is as it was.
 
-    With an executor installed Lightning hands over micro-batches of an accumulation window too, as it does to strategies
-    that accumulate by themselves, except for the last batch of an epoch, which steps by Lightning's rule.
+    With an executor installed Lightning hands over micro-batches of an accumulation window too, as it does to
+    strategies that accumulate by themselves, except for the last batch of an epoch, which steps by Lightning's rule.
     """
 
     executor: StepExecutor | None = None
