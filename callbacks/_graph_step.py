@@ -80,6 +80,11 @@ class StepGraphs:
             is_overridden(hook, owner)
             for owner in (module, trainer.datamodule) if owner is not None  # type: ignore[attr-defined]
             for hook in ("transfer_batch_to_device", "on_after_batch_transfer"))
+        self._modules = list(self._watched.values())
+        # Looked up anew at every step, since a buffer may be replaced; not in modules that own nothing.
+        self._owned = [d for m in self._modules for d in (m._parameters, m._buffers) if d]
+        self._now: tuple[int, Any] = (0, None)
+        self._circumstances_seen: list[tuple[int, Any]] = []
         self._hyper: Hashable = None
         self._hyper_changes = 0
         self._warmed = self._left = False
@@ -144,7 +149,7 @@ class StepGraphs:
             if refused and refused != _WATCHED:
                 self._events.because(refused)
             return self._eager(run)
-        key = (*chain, (placed.key, update, *self._circumstances()))
+        key = (*chain, (placed.key, update, self._circumstances()))
         if self._left:
             return self._eager(run)
         entry = self._cache.entry(key)
@@ -181,8 +186,8 @@ class StepGraphs:
                 return _WATCHED
         return ""
 
-    def _circumstances(self) -> tuple[Hashable, ...]:
-        """What a recording freezes besides its inputs: addresses, modes, hyperparameters."""
+    def _circumstances(self) -> int:
+        """A number for what a recording freezes besides its inputs: addresses, modes, hyperparameters."""
         hyper = None if self._form is None else self._form.signature()
         if hyper != self._hyper:
             self._hyper_changes = self._hyper_changes + 1 if self._hyper is not None else 0
@@ -193,8 +198,15 @@ class StepGraphs:
         elif self._hyper_changes < 2:
             self._hyper_changes = 0
         tensors = self._tensors()
-        return (self._trainer.accumulate_grad_batches, hyper, tuple(t.data_ptr() for t in tensors),
-                tuple(t.requires_grad for t in tensors), tuple(m.training for m in self._watched.values()))
+        now = (self._trainer.accumulate_grad_batches, hyper, [t.data_ptr() for t in tensors],
+               [t.requires_grad for t in tensors], [m.training for m in self._modules])
+        if now != self._now[1]:  # a short number to hash instead of a long list
+            known = [number for number, other in self._circumstances_seen if other == now]
+            if not known:
+                known = [len(self._circumstances_seen)]
+                self._circumstances_seen.append((known[0], now))
+            self._now = (known[0], now)
+        return self._now[0]
 
     # -------------------------------------------------------------- eager
 
@@ -267,7 +279,7 @@ class StepGraphs:
             recording = self._recorder.record(partial(self._body, closure, run))
         except Exception as error:
             undo()
-            entry.refused = f"capture failed: {type(error).__name__}: {error}"
+            entry.refused = f"capture failed: {_in_words(error)}"
             self._cache.clear_recordings()  # the random generator's state may be a new one
             self._events.because(entry.refused)
             if self._options.on_failure == "raise":
@@ -304,6 +316,8 @@ class StepGraphs:
             if p.grad is not grad:
                 p.grad = grad
         for latch, held in outputs.latches:
+            if not held["calls"] and not latch.calls:
+                continue
             for call in held["calls"]:
                 call.version = call.x._version  # a static input was refilled since the capture, before this replay
             latch.__dict__.update(held, calls=list(held["calls"]))
@@ -324,7 +338,8 @@ class StepGraphs:
         copy = StateCopy(self._state(), self._device)
         try:
             outputs = self._recorder.eager(partial(self._body, closure, run))
-            values = [t.clone() for t in (*self._state(), outputs.loss, *outputs.tape.tensors())]
+            # Detached: a graph that reaches a parameter from here would tie its gradient to this stream.
+            values = [t.detach().clone() for t in (*self._state(), outputs.loss, *outputs.tape.tensors())]
         finally:
             undo()
             copy.restore()
@@ -352,8 +367,7 @@ class StepGraphs:
 
     def _tensors(self) -> list[Tensor]:
         """Parameters and buffers, those of metrics aside, which run outside the graph."""
-        owned = (t for m in self._watched.values() for t in (*m._parameters.values(), *m._buffers.values()))
-        return [t for t in owned if t is not None]
+        return [t for owned in self._owned for t in owned.values() if t is not None]
 
     # -------------------------------------------------------------- Python's side of a step
 
@@ -394,6 +408,13 @@ class StepGraphs:
         self._hook.remove()
         if self._form is not None:
             self._form.release()
+
+
+def _in_words(error: Exception) -> str:
+    words = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+    if "legacy stream" in words:
+        words += " (something outside the step holds an autograd graph of a parameter: detach what is kept of it)"
+    return words
 
 
 _WATCHED = "watched"

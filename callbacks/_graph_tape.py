@@ -47,6 +47,10 @@ class Entry:
     hook: str | None = None  # the hook that logged
     result: Deferred | None = None
 
+    def __post_init__(self) -> None:
+        # Whether an argument is the value of a metric that runs before.
+        self.waits = any(isinstance(v, Deferred) for v in pytree.tree_leaves((self.args, self.kwargs)))
+
 
 @dataclass
 class Tape:
@@ -87,7 +91,9 @@ class Tape:
     def play(self) -> None:
         """Make every call, with what the static tensors hold now."""
         for entry in self.entries:
-            args, kwargs = pytree.tree_map(_value, (entry.args, entry.kwargs))
+            args, kwargs = entry.args, entry.kwargs
+            if entry.waits:
+                args, kwargs = pytree.tree_map(_value, (args, kwargs))
             previous = self.module._current_fx_name
             if entry.hook is not None:
                 self.module._current_fx_name = entry.hook

@@ -99,6 +99,14 @@ class MemoryCleanup(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({"memory/freed_MiB": freed, "memory/cleanups": float(self.cleanups)}, step=step)
 
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._looked = 0
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._looked = 0  # of this run
+
     def helps(self, use: MemoryUse) -> bool:
         """Whether emptying the cache is worth its wait."""
         full = use.reserved > 0 and use.reserved >= self.threshold * use.limit

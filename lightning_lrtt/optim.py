@@ -79,6 +79,7 @@ class LRTT(Optimizer):
         self.observer: Callable[[str, list[TileModule]], None] | None = None
         self.runner: Callable[[list[TileModule], Callable[[], None]], None] | None = None
         self._lr_held = False
+        self._places: set[tuple[int, torch.device]] = set()  # groups that hold tiles, and where
         self._lr: dict[tuple[int, torch.device], Tensor] = {}
         self._bad_seen: dict[int, int] = {}
         if isinstance(digital, Optimizer):
@@ -120,6 +121,7 @@ class LRTT(Optimizer):
         known = {id(p) for group in self.param_groups for p in group["params"]}
         tiles = self.tiles()
         self._expected = len(tiles)
+        self._places.clear()
         for tile, index in tiles:
             self.param_groups[index]["params"] += [p for p in (tile.A, tile.B) if id(p) not in known]
 
@@ -181,6 +183,7 @@ class LRTT(Optimizer):
         for tile, group in tiles:
             by_device.setdefault(tile.A.device, []).append((tile, group))
         if not self._lr_held:
+            self._places = {(index, tile.A.device) for tile, index in held}
             self.refresh_lr()
         for device, members in by_device.items():
             issue = partial(self._step_tiles, members, device)
@@ -249,7 +252,9 @@ class LRTT(Optimizer):
         `step` does it by itself. In a CUDA graph of the step the fill would be frozen with today's lr: capture within
         `lr_held`, and call this before every replay.
         """
-        for index, device in {(index, tile.A.device) for tile, index in self.tiles()}:
+        if not self._places:  # afterwards the last step knows them
+            self._places = {(index, tile.A.device) for tile, index in self.tiles()}
+        for index, device in self._places:
             if (index, device) not in self._lr:
                 self._lr[index, device] = torch.empty((), dtype=torch.float64, device=device)
             held, lr = self._lr[index, device], self.param_groups[index]["lr"]

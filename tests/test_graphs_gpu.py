@@ -243,24 +243,32 @@ def test_static_batch_from_the_host_does_not_wait():
 
 
 def test_finder_tells_devices_apart():
-    """On CUDA a value read from a CPU tensor does not wait; copies across and random numbers of the host are found."""
-    finder = Finder(CUDA)
-    x = torch.ones(4, device=CUDA)
+    """On CUDA a value read from a CPU tensor does not wait."""
+    finder, x = Finder(CUDA), torch.ones(4, device=CUDA)
     with finder.watch():
         float(torch.ones(()))
         x.add_(1.0)
     assert finder.findings == []
-    for do, kind in (
-        (lambda: x.cpu(), "sync"),
-        (lambda: x.sum().item(), "sync"),
-        (lambda: torch.tensor(2.0, device=CUDA), "sync"),
-        (lambda: torch.rand(3), "frozen"),
-        (lambda: x[x > 0], "sync"),
-    ):
-        finder = Finder(CUDA)
-        with finder.watch():
-            do()
-        assert [f.kind for f in finder.findings] == [kind] and __file__ in finder.findings[0].where
+
+
+CROSSINGS = {
+    "cpu": (lambda x: x.cpu(), "sync"),
+    "item": (lambda x: x.sum().item(), "sync"),
+    "tensor": (lambda x: torch.tensor(2.0, device=CUDA), "sync"),
+    "to": (lambda x: torch.ones(3).to(CUDA), "sync"),
+    "rand": (lambda x: torch.rand(3), "frozen"),
+    "mask": (lambda x: x[x > 0], "sync"),
+}
+
+
+@pytest.mark.parametrize("name", CROSSINGS)
+def test_finder_sees_the_host(name):
+    """Copies across, values read and random numbers of the host are found, with their line."""
+    do, kind = CROSSINGS[name]
+    finder, x = Finder(CUDA), torch.ones(4, device=CUDA)
+    with finder.watch():
+        do(x)
+    assert [f.kind for f in finder.findings] == [kind] and __file__ in finder.findings[0].where
 
 
 def test_timer_reads_events_later():

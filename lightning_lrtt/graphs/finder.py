@@ -41,6 +41,7 @@ _SYNCS = {
 }
 _METHODS = {"item": "a value is read", "tolist": "values are read", "numpy": "values are read",
             "cpu": "a copy to the host waits"}
+_MADE_ON_HOST = "a tensor is made on the host and copied to the device (torch.full and the like make it there)"
 _OWN = Path(__file__).resolve().parent.parent
 
 
@@ -101,14 +102,16 @@ class Finder:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Look at everything within."""
-        outer, before = sys.getprofile(), _numpy_state()
-        sys.setprofile(self._on_call)
+        """Look at everything within. A profiler that is at work is left alone; then operators only are seen."""
+        free, before = sys.getprofile() is None, _numpy_state()
+        if free:
+            sys.setprofile(self._on_call)
         try:
             with _Dispatch(self):
                 yield
         finally:
-            sys.setprofile(outer)
+            if free:
+                sys.setprofile(None)
         if _numpy_state() != before:  # its compiled methods call no profiler
             self.add("frozen", "random numbers are drawn on the host (numpy.random)", "an unknown line")
 
@@ -135,13 +138,13 @@ class Finder:
             self.add("sync", what)
         if self.device.type == "cpu":
             return
+        if name == "aten::lift_fresh" and outputs and outputs[0].device == self.device:  # torch.tensor, as_tensor
+            self.add("sync", _MADE_ON_HOST)
         crossing = {t.device.type for t in inputs + outputs} - {"meta"}
         if name in ("aten::_to_copy", "aten::copy_") and len(crossing) > 1:
             waits = not (kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2]))
             to_host = outputs and outputs[0].device.type == "cpu"
-            self.add("sync" if waits or to_host else "frozen",
-                     "a copy to the host waits" if to_host else "a tensor is made on the host and copied to the device "
-                     "(make it there: device=...)")
+            self.add("sync" if waits or to_host else "frozen", "a copy to the host waits" if to_host else _MADE_ON_HOST)
         elif torch.Tag.nondeterministic_seeded in function.tags and outputs and outputs[0].device.type == "cpu":
             self.add("frozen", f"{name.removeprefix('aten::')} draws random numbers on the host")
 

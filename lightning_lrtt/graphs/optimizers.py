@@ -19,6 +19,8 @@ _CAPTURABLE: tuple[type[Optimizer], ...] = (
 )
 # Set while `step` runs, by kind.
 _FLAGS: dict[str, dict[str, Any]] = {"fused": {"fused": True, "foreach": None}, "capturable": {"capturable": True}}
+# What a recording does not read: schedulers keep their own numbers in the groups.
+_MOVING = ("params", "lr", "initial_lr", "swa_lr", "max_lr", "min_lr")
 
 
 class DeviceForm:
@@ -63,14 +65,13 @@ class DeviceForm:
         if type(optimizer) in _FUSED and any(not p.is_floating_point() for p in parameters):
             return f"{name} of complex parameters has no fused form"
         if any(isinstance(value, Tensor) for group in optimizer.param_groups for key, value in group.items()
-               if key not in ("params", "lr")):
+               if key not in _MOVING):
             return f"hyperparameters of {name} other than lr must be numbers, not tensors"
         return ""
 
     def signature(self) -> Hashable:
         """Everything of the groups that a recording freezes: another momentum, say, asks for another recording."""
-        skip = ("params", "lr", "initial_lr", "swa_lr")
-        return tuple((len(group["params"]), *(_hashable(v) for k, v in group.items() if k not in skip))
+        return tuple((len(group["params"]), *(_hashable(v) for k, v in group.items() if k not in _MOVING))
                      for group in self.optimizer.param_groups)
 
     @torch.no_grad()
