@@ -551,3 +551,19 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     )
     saved = next(tmp_path.rglob("config.yaml")).read_text()
     assert "parity_steps: 2" in saved and "lightning_lrtt.callbacks.MemoryCleanup" in saved
+
+
+def test_compiled_modules_are_recorded(tmp_path):
+    """Dynamo saves the host's random state around a compiled call, which is no draw."""
+
+    class Compiled(Net):
+        def on_fit_start(self) -> None:
+            self.fast = torch.compile(self.net, backend="eager")
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return (self.fast(batch[0]) - batch[1]).square().mean()
+
+    graph = RehearsedGraph()
+    recorded = run(tmp_path, PULSED, [graph], Compiled)
+    assert graph.reasons == [] and graph.replays > 20
+    assert_same_run(recorded, run(tmp_path, PULSED, [], Compiled))

@@ -162,7 +162,7 @@ class Finder:
             if name in _METHODS and isinstance(owner, Tensor):
                 if owner.device == self.device:
                     self.add("sync", f"{_METHODS[name]} (.{name}())", location(frame))
-            elif isinstance(owner, random.Random):
+            elif isinstance(owner, random.Random) and name in ("random", "getrandbits"):
                 self.add("frozen", "random numbers are drawn on the host", location(frame))
             elif owner is time and not _in_library(frame.f_code.co_filename):
                 self.add("frozen", f"time.{name}() is read", location(frame))
