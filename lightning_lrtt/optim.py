@@ -77,6 +77,7 @@ class LRTT(Optimizer):
         self.tile_lr_scale = tile_lr_scale
         self.on_nonfinite = on_nonfinite
         self.observer: Callable[[str, list[TileModule]], None] | None = None
+        # Runs the tiles' part of a step in place of a plain call (`lightning_lrtt.graphs.TileGraphs`).
         self.runner: Callable[[list[TileModule], Callable[[], None]], None] | None = None
         self._lr_held = False
         self._places: set[tuple[int, torch.device]] = set()  # groups that hold tiles, and where

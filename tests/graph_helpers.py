@@ -80,7 +80,7 @@ def data(samples: int = 74) -> TensorDataset:
 
 def run(
     tmp_path: Path,
-    config: LRTTConfig,
+    config: LRTTConfig | None,
     callbacks: list[Any],
     module: Any = None,
     ckpt_path: str | None = None,
@@ -90,7 +90,7 @@ def run(
 ) -> tuple[Any, pl.Trainer, Watch]:
     """Fit four epochs of seven batches of 10 and one of 4; returns module, Trainer and what was seen.
 
-    ``module`` makes the module, so that it is made after the seed is set; an instance is for runs not compared.
+    Without a ``config`` every layer stays digital. ``module`` makes the module, so that it is made after the seed is set; an instance is for runs not compared.
     """
     pl.seed_everything(0)
     module = Net() if module is None else module() if isinstance(module, (type, partial)) else module
@@ -107,7 +107,7 @@ def run(
         "num_sanity_val_steps": 0,
     }
     trainer = pl.Trainer(
-        strategy=LRTTStrategy(config=config),
+        strategy=LRTTStrategy(config=config, include=None if config is not None else []),
         callbacks=[watch, *callbacks],
         default_root_dir=str(tmp_path),
         **(options | kwargs),

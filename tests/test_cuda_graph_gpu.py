@@ -53,6 +53,14 @@ def test_whole_steps_equal_eager(tmp_path, config, optimizer, precision):
     assert_same_run(captured, run(tmp_path, config, [], partial(Net, optimizer), precision=precision))
 
 
+def test_a_model_without_tiles(tmp_path):
+    """Whole steps of digital training are recorded just as well."""
+    graph = CUDAGraph(on_failure="raise", parity_steps=1)
+    recorded = run(tmp_path, None, [graph])
+    assert graph.reasons == [] and graph.replays == 26 and graph.parity_max_abs == 0.0
+    assert_same_run(recorded, run(tmp_path, None, []))
+
+
 @both
 def test_accumulation_and_clipping(tmp_path, config):
     """Micro-batches and the update as graphs of one window; the window that the epoch's end cuts short has its own."""
