@@ -17,7 +17,7 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +62,30 @@ class Clock(pl.Callback):
         self.milliseconds = 1e3 * (time.perf_counter() - self.start) / STEPS
 
 
+class _Again:
+    """The same batch at every step."""
+
+    def __init__(self, batch: list[Tensor]) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return SKIP + STEPS
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        return (self.batch for _ in range(len(self)))
+
+
 def lightning(config: LRTTConfig, scope: str | None, options: argparse.Namespace) -> float:
     """One round through the Trainer."""
     clock = Clock()
     graphs = [] if scope is None else [CUDAGraph(scope=scope, on_failure="raise")]  # type: ignore[arg-type]
     trainer = pl.Trainer(strategy=LRTTStrategy(config=config), accelerator="gpu", devices=1, max_epochs=1,
                          barebones=True, callbacks=[clock, *graphs])
-    data = torch.randn(options.batch, options.width).repeat(SKIP + STEPS, 1) if options.batch <= 256 else None
-    if data is None:  # large batches: what is measured is the step, so one batch serves
-        loader: Any = [(torch.randn(options.batch, options.width, device="cuda"),)] * (SKIP + STEPS)
-    else:
-        loader = DataLoader(TensorDataset(data), batch_size=options.batch)
+    if options.batch <= 256:
+        data = torch.randn(options.batch * (SKIP + STEPS), options.width)
+        loader: Any = DataLoader(TensorDataset(data), batch_size=options.batch)
+    else:  # what is measured is the step: one batch serves, and it is on the device already
+        loader = _Again([torch.randn(options.batch, options.width, device="cuda")])
     trainer.fit(Deep(options.layers, options.width), loader)
     return clock.milliseconds
 
