@@ -154,6 +154,9 @@ class CUDAGraph(Callback):
         self._recorder = self.make_recorder(device)
         if self._recorder is None:
             self._events.because(f"device {device} has no CUDA graphs; every step is eager")
+            if self._options.on_failure == "raise":
+                raise MisconfigurationException(f"CUDAGraph: the device must be a CUDA device, got {device}; use "
+                                                "accelerator='gpu' or on_failure='eager'")
         elif self.timing:
             self._timer = PhaseTimer(self._recorder.mark)
         if self.scope == "optimizer":

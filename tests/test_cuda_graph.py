@@ -197,6 +197,11 @@ def test_raise_says_so_before_the_first_step(tmp_path):
         run(tmp_path, DIGITAL, [RehearsedGraph(on_failure="raise")], Index)
 
 
+def test_raise_says_so_without_a_device(tmp_path):
+    with pytest.raises(MisconfigurationException, match="accelerator='gpu'"):
+        run(tmp_path, DIGITAL, [CUDAGraph(on_failure="raise")])
+
+
 def test_momentum_schedule_falls_to_the_tiles(tmp_path):
     """OneCycleLR moves the momentum in every step, which a graph would freeze."""
 
