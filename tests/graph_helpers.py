@@ -90,7 +90,8 @@ def run(
 ) -> tuple[Any, pl.Trainer, Watch]:
     """Fit four epochs of seven batches of 10 and one of 4; returns module, Trainer and what was seen.
 
-    Without a ``config`` every layer stays digital. ``module`` makes the module, so that it is made after the seed is set; an instance is for runs not compared.
+    Without a ``config`` every layer stays digital. ``module`` makes the module, so that it is made after the seed is
+    set; an instance is for runs not compared.
     """
     pl.seed_everything(0)
     module = Net() if module is None else module() if isinstance(module, (type, partial)) else module
