@@ -15,11 +15,13 @@
 //   kBitX, kBitD       element / 4           sample * 64 + bit plane   step    purpose|array|piece
 //   kNoise             cell                  segment * 256 + pulse / 8 step    purpose|array|0
 //   kDiffusion         cell / 4              0                         step    purpose|array|0
+//   kRead              read_group(element)   sample                    ticket  purpose|array|round * 8 + stage
 //
 // `cell` = row * columns + column of the array; `element` indexes one side of an outer product; word
 // k of the four belongs to element 4*(element/4)+k, and likewise to a cell; of kNoise, its halves (low first) to pulses 2k and 2k+1
 // of a group of eight. `step` counts optimizer steps, `cycle` reinits; `segment` is a piece of the pulse stream (jobs.h) and `pulse`
-// counts the pulses of that cell in it; `piece` is the 32-slot piece of one sample's train.
+// counts the pulses of that cell in it; `piece` is the 32-slot piece of one sample's train. kRead is explained in io.h: `ticket`
+// numbers the reads of a tile, `round` those of one read that bound management repeats.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +36,7 @@
 namespace lrtt {
 
 enum Array : uint32_t { kA = 0, kB = 1, kC = 2 };
-enum Purpose : uint32_t { kDraw = 1, kReinit = 2, kBitX = 3, kBitD = 4, kNoise = 5, kDiffusion = 6 };
+enum Purpose : uint32_t { kDraw = 1, kReinit = 2, kBitX = 3, kBitD = 4, kNoise = 5, kDiffusion = 6, kRead = 16 };
 
 LRTT_HD uint32_t counter3(Purpose purpose, uint32_t array, uint32_t piece) {
   return (uint32_t(purpose) << 24) | (array << 16) | piece;

@@ -7,6 +7,9 @@ Shapes, for a tile with d outputs, k inputs, rank r, and N samples in this step:
 - ``hyper`` float64 ``[H]`` on the CPU: `LRTTConfig.pack`, constants of the tile
 - ``lr`` float64 ``[]`` and ``eta`` float32 ``[]``: learning rates, on the tile's device, so that schedules reach a captured
   step
+- ``reads`` int64 ``[2]``: how often the tile was read in training and in evaluation; ``ticket`` int64 ``[]``: the number of
+  one read; ``io`` float64 on the CPU: `IOConfig.pack`; ``per`` float32 ``[2, N]``: scale and noise of each sample;
+  ``pending``, ``clipped`` int32 ``[N]``: samples to read again, samples with an output at its bound
 - ``x`` ``[N, columns]`` and ``d`` ``[N, rows]``: operands of a pulsed update, any strides, any float dtype
 """
 
@@ -27,6 +30,7 @@ DEVICE_KINDS = tuple(len(LAYOUT["tile"]) + i * len(LAYOUT["device"]) + LAYOUT["d
 FIXED_POINT: float = LAYOUT["fixed_point"]  # units per weight unit of the sums in `counts`
 BLOCK_SAMPLES: int = LAYOUT["block_samples"]  # `first_sample` must be a multiple of it
 CELL_NUMBERS: int = LAYOUT["cell_numbers"]  # what `draw_cells` gives of a cell
+IO_SIZE = len(LAYOUT["io"])
 SEGMENT_WORDS: int = LAYOUT["segment_words"]  # see csrc/jobs.h
 BLOCK_SEGMENTS: int = LAYOUT["block_segments"]
 
@@ -56,6 +60,18 @@ library.define("relax_(Tensor(a!)[] w, Tensor[] state, Tensor[] hyper, int[] arr
 library.define("draw_cells(Tensor state, Tensor hyper, int array, int rows, int columns) -> Tensor")
 # Clips w to its cells' bounds (if write); returns how many cells stood at or beyond a bound, int64 [].
 library.define("clip_(Tensor(a!) w, Tensor state, Tensor hyper, int array, bool write) -> Tensor")
+# The next read's number: ticket = 2 reads[mode] + mode, reads[mode] += 1.
+library.define("io_ticket_(Tensor(a!) reads, int mode) -> Tensor")
+# x [N, k] through the input converter: the operand [N, k] of dtype, in units of the converter's step, and per.
+library.define(
+    "io_input(Tensor x, Tensor ticket, Tensor state, Tensor io, int array, int round, int first_sample, Tensor? pending, "
+    "ScalarType dtype) -> (Tensor, Tensor)"
+)
+# y [N, d] <- the products acc [N, d] through the output converter, where pending; returns clipped.
+library.define(
+    "io_output_(Tensor(a!) y, Tensor acc, Tensor per, Tensor ticket, Tensor state, Tensor io, int array, int round, "
+    "int first_sample, Tensor? pending) -> Tensor"
+)
 
 
 @torch.library.register_fake("lrtt::pulsed_update_", lib=library)
@@ -110,6 +126,24 @@ def _(state, hyper, array, rows, columns):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("lrtt::clip_", lib=library)
 def _(w, state, hyper, array, write):  # type: ignore[no-untyped-def]
     return state.new_empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("lrtt::io_ticket_", lib=library)
+def _(reads, mode):  # type: ignore[no-untyped-def]
+    return reads.new_empty(())
+
+
+@torch.library.register_fake("lrtt::io_input", lib=library)
+def _(x, ticket, state, io, array, round, first_sample, pending, dtype):  # type: ignore[no-untyped-def]
+    torch._check(x.dim() == 2, lambda: f"io_input: x must be [N, k], got {list(x.shape)}")
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((2, x.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("lrtt::io_output_", lib=library)
+def _(y, acc, per, ticket, state, io, array, round, first_sample, pending):  # type: ignore[no-untyped-def]
+    torch._check(y.shape == acc.shape and acc.dim() == 2,
+                 lambda: f"io_output_: y and acc must be [N, d], got {list(y.shape)} and {list(acc.shape)}")
+    return acc.new_empty(acc.shape[0], dtype=torch.int32)
 
 
 def _check_tiles(op: str, a_list: list[Tensor], b_list: list[Tensor], c_list: list[Tensor]) -> None:
