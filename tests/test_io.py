@@ -292,7 +292,7 @@ def op_calls():
     pending = torch.tensor([1, 0, 1, 1, 0], dtype=torch.int32)
     per = torch.rand(2, 5)
     return {
-        "io_ticket_": (torch.tensor([4, 9]), 1),
+        "io_ticket_": (torch.tensor([4, 9]), True),
         "io_input": (x, ticket(), fresh_state(), io, 1, 1, 3, pending, torch.float32),
         "io_output_": (torch.zeros(5, 20), x, per, ticket(), fresh_state(), io, 1, 1, 3, pending),
     }
@@ -317,7 +317,7 @@ def test_compiles_without_graph_break(name):
 
 def test_tickets_count_training_and_evaluation_apart():
     reads = torch.tensor([3, 0])
-    assert [int(OPS.io_ticket_(reads, mode)) for mode in (0, 1, 1, 0)] == [6, 1, 3, 8]
+    assert [int(OPS.io_ticket_(reads, evaluation)) for evaluation in (False, True, True, False)] == [6, 1, 3, 8]
     assert reads.tolist() == [5, 2]
 
 
@@ -337,7 +337,7 @@ OP_ERRORS = {
     "acc_strides": ("io_output_", 1, lambda: torch.zeros(20, 5).t(), ValueError, "acc must be contiguous"),
     "per": ("io_output_", 2, lambda: torch.zeros(5), ValueError, "per must have 10"),
     "device": ("io_output_", 1, lambda: torch.zeros(5, 20, device="meta"), ValueError, "acc must be on the tile's device"),
-    "mode": ("io_ticket_", 1, lambda: 2, ValueError, "mode must be"),
+    "reads": ("io_ticket_", 0, lambda: torch.zeros(3, dtype=torch.int64), ValueError, "reads must have 2"),
 }
 
 

@@ -34,11 +34,9 @@ def _flags(op: str, pending: Tensor | None, owner: Tensor, rows: int) -> int:
     return _contiguous(op, "pending", pending, torch.int32, size=rows)
 
 
-def io_ticket_(reads: Tensor, mode: int) -> Tensor:
-    if mode not in (0, 1):
-        raise ValueError(f"lrtt::io_ticket_: mode must be 0 (training) or 1 (evaluation), got {mode}")
+def io_ticket_(reads: Tensor, evaluation: bool) -> Tensor:
     ticket = torch.empty((), dtype=torch.int64, device=reads.device)
-    _run(reads, "io_ticket", _contiguous("io_ticket_", "reads", reads, torch.int64, size=2), mode, ticket.data_ptr())
+    _run(reads, "io_ticket", _contiguous("io_ticket_", "reads", reads, torch.int64, size=2), int(evaluation), ticket.data_ptr())
     return ticket
 
 

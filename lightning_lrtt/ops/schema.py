@@ -60,8 +60,8 @@ library.define("relax_(Tensor(a!)[] w, Tensor[] state, Tensor[] hyper, int[] arr
 library.define("draw_cells(Tensor state, Tensor hyper, int array, int rows, int columns) -> Tensor")
 # Clips w to its cells' bounds (if write); returns how many cells stood at or beyond a bound, int64 [].
 library.define("clip_(Tensor(a!) w, Tensor state, Tensor hyper, int array, bool write) -> Tensor")
-# The next read's number: ticket = 2 reads[mode] + mode, reads[mode] += 1.
-library.define("io_ticket_(Tensor(a!) reads, int mode) -> Tensor")
+# The next read's number: ticket = 2 reads[evaluation] + evaluation, reads[evaluation] += 1.
+library.define("io_ticket_(Tensor(a!) reads, bool evaluation) -> Tensor")
 # x [N, k] through the input converter: the operand [N, k] of dtype, in units of the converter's step, and per.
 library.define(
     "io_input(Tensor x, Tensor ticket, Tensor state, Tensor io, int array, int round, int first_sample, Tensor? pending, "
@@ -129,7 +129,7 @@ def _(w, state, hyper, array, write):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("lrtt::io_ticket_", lib=library)
-def _(reads, mode):  # type: ignore[no-untyped-def]
+def _(reads, evaluation):  # type: ignore[no-untyped-def]
     return reads.new_empty(())
 
 
