@@ -290,7 +290,7 @@ def op_calls():
     """Arguments of each operator."""
     io, x = CONFIGS["all"].pack(), randn(1, 5, 20)
     pending = torch.tensor([1, 0, 1, 1, 0], dtype=torch.int32)
-    per = torch.rand(2, 5)
+    per = randn(2, 2, 5).abs()
     return {
         "io_ticket_": (torch.tensor([4, 9]), True),
         "io_input": (x, ticket(), fresh_state(), io, 1, 1, 3, pending, torch.float32),
