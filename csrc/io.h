@@ -136,4 +136,16 @@ struct OutputJob {
   IoNumbers io;
 };
 
+// acc[samples, d] = u[samples, n] w[d, n]^T for blocks of samples of which one is pending; on the device only. The weight
+// is rounded to u's type, as the product of the first round has it.
+struct ProductJob {
+  const void* u;
+  int u_type;
+  const float* w;
+  const int32_t* pending;
+  float* acc;
+  int64_t samples;
+  int n, d;
+};
+
 }  // namespace lrtt

@@ -294,6 +294,7 @@ def op_calls():
     return {
         "io_ticket_": (torch.tensor([4, 9]), True),
         "io_input": (x, ticket(), fresh_state(), io, 1, 1, 3, pending, torch.float32),
+        "io_product": (x, randn(4, 7, 20), pending),
         "io_output_": (torch.zeros(5, 20), x, per, ticket(), fresh_state(), io, 1, 1, 3, pending),
     }
 
@@ -313,6 +314,13 @@ def test_compiles_without_graph_break(name):
     leaves = [torch.utils._pytree.tree_leaves(tree) for tree in ((eager, expected), (compiled, result))]
     tensors = [[t for t in flat if isinstance(t, torch.Tensor)] for flat in leaves]
     assert all(map(same_bits, *tensors))
+
+
+def test_products_of_pending_samples():
+    u, w, pending = op_calls()["io_product"]
+    products = OPS.io_product(u, w, pending)
+    torch.testing.assert_close(products, reference_io.io_product(u, w, pending), rtol=1e-5, atol=1e-5)
+    assert products[pending == 0].count_nonzero() == 0
 
 
 def test_tickets_count_training_and_evaluation_apart():
@@ -337,6 +345,7 @@ OP_ERRORS = {
     "acc_strides": ("io_output_", 1, lambda: torch.zeros(20, 5).t(), ValueError, "acc must be contiguous"),
     "per": ("io_output_", 2, lambda: torch.zeros(5), ValueError, "per must have 10"),
     "device": ("io_output_", 1, lambda: torch.zeros(5, 20, device="meta"), ValueError, "acc must be on the tile's device"),
+    "product": ("io_product", 1, lambda: torch.zeros(7, 19), ValueError, "must agree"),
     "reads": ("io_ticket_", 0, lambda: torch.zeros(3, dtype=torch.int64), ValueError, "reads must have 2"),
 }
 

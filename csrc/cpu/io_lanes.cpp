@@ -28,7 +28,8 @@ LRTT_HD void dithers(const ReadId& id, ReadStage stage, uint32_t group0, float (
     for (int l = 0; l < kLanes; ++l) out[kLanes * k + l] = uniform(words[k][l]) - 0.5f;
 }
 
-void input(const IoNumbers& io, const float* x, int64_t n, const ReadId& id, float* u, float* alpha_out, float* sigma) {
+void input(const IoNumbers& numbers, const float* x, int64_t n, const ReadId& id, float* u, float* alpha_out, float* sigma) {
+  const IoNumbers io = numbers;  // a copy: u could overlap the original, for all the compiler knows
   uint32_t largest = 0;
   if (io.management == float(kAbsMax))
     for (int64_t e = 0; e < n; ++e) {
@@ -69,7 +70,8 @@ void input(const IoNumbers& io, const float* x, int64_t n, const ReadId& id, flo
   }
 }
 
-bool output(const IoNumbers& io, const float* acc, int64_t n, const ReadId& id, float alpha, float sigma, float* y) {
+bool output(const IoNumbers& numbers, const float* acc, int64_t n, const ReadId& id, float alpha, float sigma, float* y) {
+  const IoNumbers io = numbers;
   const bool noisy = sigma != 0.0f && alpha != 0.0f, dithered = io.out_round == float(kStochastic);
   uint32_t any = 0;
   for (int64_t e = 0; e < n; e += kReadGroup) {

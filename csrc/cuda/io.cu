@@ -140,6 +140,42 @@ __global__ void __launch_bounds__(kThreads) output_kernel(const OutputJob job) {
   if (t == 0) job.clipped[s] = any != 0;
 }
 
+// A block makes kTile x kTile products, a thread kEach x kEach of them, kDeep inputs at a time.
+constexpr int kTile = 64, kEach = 4, kDeep = 16, kProductThreads = (kTile / kEach) * (kTile / kEach);
+
+template <class U>
+__global__ void __launch_bounds__(kProductThreads) product_kernel(const ProductJob job) {
+  __shared__ float us[kDeep][kTile + 4], ws[kDeep][kTile + 4];
+  const int t = int(threadIdx.x), n = job.n;
+  const int64_t s0 = int64_t(blockIdx.x) * kTile, d0 = int64_t(blockIdx.y) * kTile;
+  const bool mine = t < kTile && s0 + t < job.samples && job.pending[s0 + t] != 0;
+  if (!__syncthreads_or(mine)) return;  // the usual case: nothing of these samples was clipped
+  const U* u = static_cast<const U*>(job.u);
+  float acc[kEach][kEach] = {};
+  const int row = t / (kTile / kEach) * kEach, column = t % (kTile / kEach) * kEach;
+  for (int k0 = 0; k0 < n; k0 += kDeep) {
+    for (int i = t; i < kTile * kDeep; i += kProductThreads) {
+      const int k = i % kDeep, r = i / kDeep;
+      const bool inside = k0 + k < n;
+      us[k][r] = inside && s0 + r < job.samples ? widen(u[(s0 + r) * n + k0 + k]) : 0.0f;
+      ws[k][r] = inside && d0 + r < job.d ? widen(U(job.w[(d0 + r) * n + k0 + k])) : 0.0f;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kDeep; ++k) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i)
+#pragma unroll
+        for (int j = 0; j < kEach; ++j) acc[i][j] = fma_(us[k][row + i], ws[k][column + j], acc[i][j]);
+    }
+    __syncthreads();
+  }
+  for (int i = 0; i < kEach; ++i)
+    for (int j = 0; j < kEach; ++j)
+      if (s0 + row + i < job.samples && d0 + column + j < job.d)
+        job.acc[(s0 + row + i) * job.d + d0 + column + j] = acc[i][j];
+}
+
 __global__ void ticket_kernel(int64_t* reads, int mode, int64_t* ticket) { *ticket = 2 * reads[mode]++ + mode; }
 
 template <class X>
@@ -170,6 +206,16 @@ void read_output(const OutputJob& job, Stream stream) {
   if (job.samples == 0) return;
   output_kernel<<<unsigned(job.samples), kThreads, 0, native(stream)>>>(job);
   check(cudaGetLastError(), "io_output_");
+}
+
+void read_product(const ProductJob& job, Stream handle) {
+  if (job.samples == 0) return;
+  const cudaStream_t stream = native(handle);
+  const dim3 blocks(unsigned(blocks_of(job.samples, kTile)), unsigned(blocks_of(job.d, kTile)));
+  if (job.u_type == kFloat32) product_kernel<float><<<blocks, kProductThreads, 0, stream>>>(job);
+  if (job.u_type == kBFloat16) product_kernel<__nv_bfloat16><<<blocks, kProductThreads, 0, stream>>>(job);
+  if (job.u_type == kFloat16) product_kernel<__half><<<blocks, kProductThreads, 0, stream>>>(job);
+  check(cudaGetLastError(), "io_product");
 }
 
 }  // namespace lrtt::cuda

@@ -28,6 +28,7 @@ void clip(const cpu::CellsJob& job, float* w, bool write, int64_t* at_bound, Str
 void take_ticket(int64_t* reads, int mode, int64_t* ticket, Stream stream);
 void read_input(const InputJob& job, Stream stream);
 void read_output(const OutputJob& job, Stream stream);
+void read_product(const ProductJob& job, Stream stream);
 
 int runtime_version();
 int driver_version();

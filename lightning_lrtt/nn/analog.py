@@ -77,16 +77,10 @@ class _Reader:
         y = torch.empty(x.shape[0], w.shape[0], dtype=torch.float32, device=x.device)
         pending = self._output(y, self.product(u, w), per, array, 0, first, None)
         for round in range(1, self.rounds + 1):
-            if x.is_cuda:  # nothing is read back: every round runs, on the samples that need it
-                u, per = self.operand(x, array, first, round, pending)
-                pending = self._output(y, self.product(u, w), per, array, round, first, pending)
-                continue
-            clipped = pending.nonzero().squeeze(1)
-            if not len(clipped):
+            if not x.is_cuda and not pending.any():  # on a GPU nothing is read back: rounds without work return early
                 break
             u, per = self.operand(x, array, first, round, pending)
-            products = torch.zeros_like(y).index_copy_(0, clipped, self.product(u[clipped], w))
-            pending = self._output(y, products, per, array, round, first, pending)
+            pending = self._output(y, torch.ops.lrtt.io_product(u, w, pending), per, array, round, first, pending)
         return y
 
     def _output(self, y: Tensor, products: Tensor, per: Tensor, array: int, round: int, first: int,

@@ -64,6 +64,22 @@ def io_input(x: Tensor, ticket: Tensor, state: Tensor, io: Tensor, array: int, r
     return u, per
 
 
+def io_product(u: Tensor, w: Tensor, pending: Tensor) -> Tensor:
+    op = "io_product"
+    _same_device(op, u, w=w, pending=pending)
+    if u.dim() != 2 or w.dim() != 2 or u.shape[1] != w.shape[1]:
+        raise ValueError(f"lrtt::{op}: u [N, k] and w [d, k] must agree, got {list(u.shape)} and {list(w.shape)}")
+    (rows, k), d = u.shape, w.shape[0]
+    flags = _flags(op, pending, u, rows)
+    acc = torch.zeros((rows, d), dtype=torch.float32, device=u.device)
+    if u.is_cuda:  # reads nothing back: blocks of samples that are all fine return at once
+        pointers = _contiguous(op, "u", u, *_ELEMENT_TYPES), _contiguous(op, "w", w, torch.float32)
+        _run(u, op, (pointers[0], _ELEMENT_TYPES[u.dtype], pointers[1], flags, acc.data_ptr(), rows, k, d))
+        return acc
+    clipped = pending.nonzero().squeeze(1)
+    return acc.index_copy_(0, clipped, u[clipped] @ w.t())
+
+
 def io_output_(y: Tensor, acc: Tensor, per: Tensor, ticket: Tensor, state: Tensor, io: Tensor, array: int, round: int,
                first_sample: int, pending: Tensor | None) -> Tensor:
     op = "io_output_"
@@ -82,6 +98,6 @@ def io_output_(y: Tensor, acc: Tensor, per: Tensor, ticket: Tensor, state: Tenso
     return clipped
 
 
-for _kernel in (io_ticket_, io_input, io_output_):
+for _kernel in (io_ticket_, io_input, io_product, io_output_):
     for _key in ("CPU", "CUDA"):
         schema.library.impl(_kernel.__name__, _kernel, _key)

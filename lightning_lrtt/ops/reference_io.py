@@ -102,6 +102,11 @@ def io_input(x: Tensor, ticket: Tensor, state: Tensor, io: Tensor, array: int, r
     return operand.to(dtype), per
 
 
+def io_product(u: Tensor, w: Tensor, pending: Tensor) -> Tensor:
+    """Products ``[N, d]`` of the pending samples."""
+    return torch.where(pending.bool()[:, None], u.float() @ w.to(u.dtype).float().t(), 0.0)
+
+
 def io_output_(y: Tensor, acc: Tensor, per: Tensor, ticket: Tensor, state: Tensor, io: Tensor, array: int, round: int,
                first_sample: int, pending: Tensor | None) -> Tensor:
     """Writes y ``[N, d]`` in place; returns which samples were clipped, int32 ``[N]``."""

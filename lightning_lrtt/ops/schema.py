@@ -67,6 +67,8 @@ library.define(
     "io_input(Tensor x, Tensor ticket, Tensor state, Tensor io, int array, int round, int first_sample, Tensor? pending, "
     "ScalarType dtype) -> (Tensor, Tensor)"
 )
+# u w^T [N, d] in float32 of the pending samples, zeros or products of the others; w [d, k] is rounded to u's type.
+library.define("io_product(Tensor u, Tensor w, Tensor pending) -> Tensor")
 # y [N, d] <- the products acc [N, d] through the output converter, where pending; returns clipped.
 library.define(
     "io_output_(Tensor(a!) y, Tensor acc, Tensor per, Tensor ticket, Tensor state, Tensor io, int array, int round, "
@@ -137,6 +139,12 @@ def _(reads, evaluation):  # type: ignore[no-untyped-def]
 def _(x, ticket, state, io, array, round, first_sample, pending, dtype):  # type: ignore[no-untyped-def]
     torch._check(x.dim() == 2, lambda: f"io_input: x must be [N, k], got {list(x.shape)}")
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((2, x.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("lrtt::io_product", lib=library)
+def _(u, w, pending):  # type: ignore[no-untyped-def]
+    torch._check(u.shape[1] == w.shape[1], lambda: f"io_product: u [N, k] and w [d, k] must agree, got {list(u.shape)}, {list(w.shape)}")
+    return w.new_empty((u.shape[0], w.shape[0]), dtype=torch.float32)
 
 
 @torch.library.register_fake("lrtt::io_output_", lib=library)
