@@ -1,7 +1,7 @@
 """What reading through converters costs: the same training step with and without them, of one layer.
 
-Forward, backward with the gradient of the input, and the optimizer's step. Contenders take turns step by step in an order
-that turns, so that what disturbs one disturbs all; the table has medians, and the median of the ratios of a turn's steps.
+Forward, backward with the gradient of the input, and the optimizer's step. Contenders take turns step by step, so that
+what disturbs one disturbs all; the table has medians, and the median of the ratios of a turn's steps.
 
     python benchmarks/io_overhead.py --threads 2                       # 1024x1024, batch 128, rank 8, on the CPU
     python benchmarks/io_overhead.py --device cuda --batch 4096 --json out.json
@@ -81,14 +81,23 @@ def main() -> None:
         }
         for name, times in seconds.items()
     }
-    where = torch.cuda.get_device_name() if args.device != "cpu" else f"CPU, {args.threads} threads, {build_info()['cpu_instructions']}"
-    print(f"{args.size}x{args.size}, batch {args.batch}, rank {args.rank}, {'pulsed' if args.pulsed else 'digital'} tile, {where}, "
-          f"torch {torch.__version__}, {args.steps} steps")
+    where = (
+        torch.cuda.get_device_name()
+        if args.device != "cpu"
+        else f"CPU, {args.threads} threads, {build_info()['cpu_instructions']}"
+    )
+    print(
+        f"{args.size}x{args.size}, batch {args.batch}, rank {args.rank}, "
+        f"{'pulsed' if args.pulsed else 'digital'} tile, {where}, "
+        f"torch {torch.__version__}, {args.steps} steps"
+    )
     print("| reads | ms a step | ratio |\n|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row['ms']:.3f} | {row['ratio']:.2f} |")
     if args.json:
-        args.json.write_text(json.dumps({"args": {k: str(v) for k, v in vars(args).items()}, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps({"args": {k: str(v) for k, v in vars(args).items()}, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ _MAX_BM_FACTOR = 1000  # aihwkit's limit where there is no input resolution
 
 @dataclass(frozen=True, kw_only=True)
 class IOConfig:
-    """The converters of one direction. Names and defaults are those of aihwkit's ``IOParameters``; docs/io.md has the formulas.
+    """The converters of one direction; docs/io.md has the formulas.
+
+    Names and defaults are those of aihwkit's ``IOParameters``.
 
     An input is divided by the scale of its sample, rounded to the input converter's steps, clipped to ``inp_bound`` and
     multiplied with the array; to the product comes noise, it is rounded to the output converter's steps, clipped to
@@ -39,18 +41,19 @@ class IOConfig:
         out_bits: Instead of ``out_res``, as ``inp_bits``.
         out_noise: Standard deviation of the noise on each output before its converter.
         out_sto_round: As ``inp_sto_round``.
-        w_noise: Standard deviation of the noise of each weight, fresh at every read. It is applied where it adds up, at the
-            output: normal with standard deviation ``w_noise |x|``, x being the converted input (aihwkit's
+        w_noise: Standard deviation of the noise of each weight, fresh at every read. It is applied where it adds up, at
+            the output: normal with standard deviation ``w_noise |x|``, x being the converted input (aihwkit's
             ``ADDITIVE_CONSTANT``).
         noise_management: Scale of a sample: ``abs_max``, its largest input in absolute value (a zero input gives a zero
             output); ``constant``, the number ``nm_thres``; ``none``, 1.
         nm_thres: With ``constant`` the scale (0: 1), with ``abs_max`` its largest value (0: no limit).
         bound_management: Forward only. ``iterative``: while an output of a sample is clipped, read again with its scale
-            doubled. ``iterative_worst_case``: the first repetition takes the scale at which no output can clip if no weight
-            exceeds ``nm_assumed_wmax``, later ones double it. ``none``: clipped outputs stay.
+            doubled. ``iterative_worst_case``: the first repetition takes the scale at which no output can clip if no
+            weight exceeds ``nm_assumed_wmax``, later ones double it. ``none``: clipped outputs stay.
         nm_assumed_wmax: Largest weight that ``iterative_worst_case`` reckons with.
         max_bm_res: Repeat until the input's range in use falls below this share of its steps, ``0.25``: to 2 bits.
-        max_bm_rounds: Most repetitions. None: what ``max_bm_res`` allows, with the defaults 4, and 5 in the worst-case form.
+        max_bm_rounds: Most repetitions. None: what ``max_bm_res`` allows, with the defaults 4, and 5 in the worst-case
+            form.
 
     Raises:
         ValueError: If a number is outside its range, or two exclude each other.
@@ -92,35 +95,66 @@ class IOConfig:
             if bits is not None:
                 _check.integer(me, name + "_bits", bits, low=2, high=16)
                 if getattr(self, name + "_res") != default:
-                    raise _check.fail(me, name + "_res", f"left alone with {name}_bits = {bits}", getattr(self, name + "_res"),
-                                      "give one of the two")
+                    raise _check.fail(
+                        me,
+                        name + "_res",
+                        f"left alone with {name}_bits = {bits}",
+                        getattr(self, name + "_res"),
+                        "give one of the two",
+                    )
         _check.number(me, "nm_assumed_wmax", self.nm_assumed_wmax, above=0.0)
         _check.number(me, "max_bm_res", self.max_bm_res, above=0.0)
         if self.max_bm_rounds is not None:
-            _check.integer(me, "max_bm_rounds", self.max_bm_rounds, low=1, high=20,
-                           remedy="bound_management='none' repeats nothing")
+            _check.integer(
+                me,
+                "max_bm_rounds",
+                self.max_bm_rounds,
+                low=1,
+                high=20,
+                remedy="bound_management='none' repeats nothing",
+            )
         _check.choice(me, "noise_management", self.noise_management, _MANAGEMENTS)
         _check.choice(me, "bound_management", self.bound_management, _BOUND_MANAGEMENTS)
         for name, resolution in (("inp", self.inp_resolution), ("out", self.out_resolution)):
             if resolution and not getattr(self, name + "_bound"):
-                raise _check.fail(me, name + "_bound", f"positive with a resolution of {resolution:g}", 0.0,
-                                  f"steps are a share of the range; set {name}_res=0 to round nothing")
+                raise _check.fail(
+                    me,
+                    name + "_bound",
+                    f"positive with a resolution of {resolution:g}",
+                    0.0,
+                    f"steps are a share of the range; set {name}_res=0 to round nothing",
+                )
         if self.inp_sto_round and not self.inp_resolution:
             raise _check.fail(me, "inp_sto_round", "off with inp_res=0", True, "there is nothing to round")
         if self.out_sto_round and not self.out_resolution:
             raise _check.fail(me, "out_sto_round", "off with out_res=0", True, "there is nothing to round")
         if self.noise_management != "none" and self.inp_bound not in (0.0, 1.0):
-            raise _check.fail(me, "inp_bound", f"1 with noise_management={self.noise_management!r}", self.inp_bound,
-                              "inputs are scaled to it; use nm_thres to clip large ones")
+            raise _check.fail(
+                me,
+                "inp_bound",
+                f"1 with noise_management={self.noise_management!r}",
+                self.inp_bound,
+                "inputs are scaled to it; use nm_thres to clip large ones",
+            )
         if self.noise_management == "none" and self.nm_thres:
             raise _check.fail(me, "nm_thres", "0 with noise_management='none'", self.nm_thres, "use 'constant'")
         if self.bound_management == "iterative_worst_case":
             if self.noise_management != "abs_max":
-                raise _check.fail(me, "noise_management", "'abs_max' with bound_management='iterative_worst_case'",
-                                  self.noise_management, "use 'iterative'")
+                raise _check.fail(
+                    me,
+                    "noise_management",
+                    "'abs_max' with bound_management='iterative_worst_case'",
+                    self.noise_management,
+                    "use 'iterative'",
+                )
             if not self.out_bound:
-                raise _check.fail(me, "out_bound", "positive with bound_management='iterative_worst_case'", self.out_bound,
-                                  "without a bound nothing clips; use bound_management='none'")
+                raise _check.fail(
+                    me,
+                    "out_bound",
+                    "positive with bound_management='iterative_worst_case'",
+                    self.out_bound,
+                    "without a bound nothing clips; use bound_management='none'",
+                )
 
     @property
     def inp_resolution(self) -> float:

@@ -64,7 +64,9 @@ def compare(x, acc, io, round, first, pending):
         found.append((u, per, y, clipped))
     for name, a, b in zip(("operand", "per", "y", "clipped"), *found, strict=True):
         # Only which NaN comes out of an operation with NaN is the processor's choice.
-        a, b = (t.nan_to_num(nan=-77.0, posinf=math.inf, neginf=-math.inf) if t.is_floating_point() else t for t in (a, b))
+        a, b = (
+            t.nan_to_num(nan=-77.0, posinf=math.inf, neginf=-math.inf) if t.is_floating_point() else t for t in (a, b)
+        )
         assert same_bits(a, b), f"{name}: {(a != b).sum()} of {a.numel()} differ"
     return found[0]
 
@@ -73,7 +75,7 @@ def compare(x, acc, io, round, first, pending):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (4, 64), (2, 200)], ids=lambda s: f"{s[0]}x{s[1]}")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_kernels_equal_reference(name, shape, round):
-    """Every option, on widths around the 64 elements of a group and the 128 lanes of a sum; one sample is not pending."""
+    """Every option, on widths around the 64 elements of a group and the 128 lanes of a sum; one sample is fine."""
     x, acc = randn(1, *shape), 50.0 * randn(2, *shape)
     x[-1] *= 1e-3
     pending = torch.ones(shape[0], dtype=torch.int32) if round else None
@@ -86,8 +88,13 @@ def test_kernels_equal_reference(name, shape, round):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
-    n=st.integers(1, 3), k=st.integers(1, 150), round=st.integers(0, 4), name=st.sampled_from(sorted(CONFIGS)),
-    log=st.integers(-44, 37), first=st.integers(0, 2**26 - 3), seed=st.integers(0, 2**31),
+    n=st.integers(1, 3),
+    k=st.integers(1, 150),
+    round=st.integers(0, 4),
+    name=st.sampled_from(sorted(CONFIGS)),
+    log=st.integers(-44, 37),
+    first=st.integers(0, 2**26 - 3),
+    seed=st.integers(0, 2**31),
     special=st.sampled_from([0.0, -0.0, math.inf, -math.inf, math.nan]),
 )
 def test_kernels_equal_reference_anywhere(n, k, round, name, log, first, seed, special):
@@ -107,7 +114,9 @@ def test_threads_and_chunks_are_not_part_of_the_numbers(name):
         try:
             u, per = operand(x, CONFIGS[name], round=1)
             y = torch.empty(300, 80)
-            flags = OPS.io_output_(y, 0.1 * u @ w.t(), per, ticket(), fresh_state(), CONFIGS[name].pack(), 2, 1, 0, None)
+            flags = OPS.io_output_(
+                y, 0.1 * u @ w.t(), per, ticket(), fresh_state(), CONFIGS[name].pack(), 2, 1, 0, None
+            )
         finally:
             torch.set_num_threads(1)
         finals.append((u, per, y, flags))
@@ -119,8 +128,10 @@ def test_threads_and_chunks_are_not_part_of_the_numbers(name):
 @pytest.mark.parametrize("kind", ["rows_apart", "transposed", "bfloat16", "float16", "float64"])
 def test_input_takes_any_strides_and_float_dtypes(kind):
     x = {
-        "rows_apart": lambda: randn(1, 6, 40)[:, :30], "transposed": lambda: randn(1, 30, 6).t(),
-        "bfloat16": lambda: randn(1, 6, 30).bfloat16(), "float16": lambda: randn(1, 6, 30).half(),
+        "rows_apart": lambda: randn(1, 6, 40)[:, :30],
+        "transposed": lambda: randn(1, 30, 6).t(),
+        "bfloat16": lambda: randn(1, 6, 30).bfloat16(),
+        "float16": lambda: randn(1, 6, 30).half(),
         "float64": lambda: randn(1, 6, 30).double(),
     }[kind]()
     mine, plain = operand(x, CONFIGS["all"]), operand(x.float().contiguous(), CONFIGS["all"])
@@ -140,8 +151,10 @@ def test_input_levels():
 
 @pytest.mark.parametrize("bits", [2, 3, 7, 9])
 def test_bits_are_resolutions(bits):
-    assert torch.equal(IOConfig(inp_bits=bits, out_bits=bits).pack(),
-                       IOConfig(inp_res=1 / (2**bits - 2), out_res=1 / (2**bits - 2)).pack())
+    assert torch.equal(
+        IOConfig(inp_bits=bits, out_bits=bits).pack(),
+        IOConfig(inp_res=1 / (2**bits - 2), out_res=1 / (2**bits - 2)).pack(),
+    )
     x = torch.linspace(-1, 1, 5001)[None]
     assert len(operand(x, IOConfig(inp_bits=bits))[0].unique()) == 2**bits - 1
 
@@ -157,7 +170,9 @@ def test_output_levels_and_clipping():
     y = read(torch.tensor([[0.5], [2.0]]), w, io)
     step = 24 / 510
     expected = torch.tensor([round(0.03 / step) * step, round(1.0 / step) * step, 12.0, -12.0])
-    torch.testing.assert_close(y, torch.stack([0.5 * expected, 2.0 * expected]), rtol=3e-7, atol=0)  # a few float32 roundings
+    torch.testing.assert_close(
+        y, torch.stack([0.5 * expected, 2.0 * expected]), rtol=3e-7, atol=0
+    )  # a few float32 roundings
 
 
 def test_zero_input_gives_zero_output_under_abs_max():
@@ -205,7 +220,15 @@ def test_noise_of_samples_elements_reads_arrays_and_rounds_is_independent():
 
     base = noise()
     moments(base.double(), 0.0, 1.0, "noise")
-    others = [noise(number=7), noise(array=1), noise(round=1), noise(seed=1), noise(first=200), base.roll(1, 0), base.roll(1, 1)]
+    others = [
+        noise(number=7),
+        noise(array=1),
+        noise(round=1),
+        noise(seed=1),
+        noise(first=200),
+        base.roll(1, 0),
+        base.roll(1, 1),
+    ]
     limit = 5 / math.sqrt(base.numel())
     assert all(abs(torch.corrcoef(torch.stack([base.flatten(), o.flatten()]))[0, 1]) < limit for o in others)
     assert same_bits(noise(first=100)[:100], base[100:]), "the words belong to the sample, not to its place in the call"
@@ -226,7 +249,7 @@ def test_stochastic_rounding_is_right_on_average():
 
 @pytest.mark.parametrize("kind", ["iterative", "iterative_worst_case"])
 def test_bound_management_reads_what_would_clip(kind):
-    """Outputs of 30 and 200 with a bound of 12: right to the steps of the converters; without management they are 12."""
+    """Outputs of 30 and 200 with a bound of 12: right to the converters' steps; without management they are 12."""
     io = IOConfig(out_noise=0.0, bound_management=kind, inp_bits=9, out_bits=12)
     w = torch.full((1, 200), 0.5)
     x = torch.zeros(3, 200)
@@ -234,7 +257,7 @@ def test_bound_management_reads_what_would_clip(kind):
     exact = (x @ w.t()).flatten()
     assert exact.tolist() == [30.0, 200.0, 1.5]
     y = read(x, w, io).flatten()
-    # Scaled by alpha 2^n <= 32: half an output step of 24 / 4094; inputs are whole steps or off by half of 2 / 510 each.
+    # Scaled by alpha 2^n <= 32: half an output step of 24 / 4094; inputs are whole steps or off by half of 2 / 510.
     error = torch.tensor([4, 2 * 16, 1]) * 0.5 * 24 / 4094 + 0.5 * x.abs().sum(1) / 510 * torch.tensor([4, 16, 0])
     assert ((y - exact).abs() <= error).all(), (y - exact, error)
     assert read(x, w, dataclasses.replace(io, bound_management="none")).flatten()[:2].tolist() == [12.0, 24.0]
@@ -242,9 +265,11 @@ def test_bound_management_reads_what_would_clip(kind):
 
 
 def test_worst_case_takes_the_scale_of_the_sums():
-    """Round 1: max(alpha, 0.6 max(sum of positives, sum of negatives) / 12), at most alpha 0.25 126 / 2; then doubled."""
+    """Round 1: max(alpha, 0.6 max(sum of positives, of negatives) / 12), at most alpha 0.25 126 / 2; then doubled."""
     io = IOConfig(bound_management="iterative_worst_case")
-    x = torch.cat([torch.full((1, 300), 2.0), torch.full((1, 300), -1.0), torch.full((1, 300), 0.5), torch.full((1, 300), 1.0)])
+    x = torch.cat(
+        [torch.full((1, 300), 2.0), torch.full((1, 300), -1.0), torch.full((1, 300), 0.5), torch.full((1, 300), 1.0)]
+    )
     x[2, 1:] = 0.001
     x = torch.cat([x, torch.ones(1, 300)], dim=0)
     scales = [operand(x, io, round=r)[1][0] for r in range(3)]
@@ -344,7 +369,13 @@ OP_ERRORS = {
     "acc_dtype": ("io_output_", 1, lambda: torch.zeros(5, 20).double(), TypeError, "acc must be float32"),
     "acc_strides": ("io_output_", 1, lambda: torch.zeros(20, 5).t(), ValueError, "acc must be contiguous"),
     "per": ("io_output_", 2, lambda: torch.zeros(5), ValueError, "per must have 10"),
-    "device": ("io_output_", 1, lambda: torch.zeros(5, 20, device="meta"), ValueError, "acc must be on the tile's device"),
+    "device": (
+        "io_output_",
+        1,
+        lambda: torch.zeros(5, 20, device="meta"),
+        ValueError,
+        "acc must be on the tile's device",
+    ),
     "product": ("io_product", 1, lambda: torch.zeros(7, 19), ValueError, "must agree"),
     "reads": ("io_ticket_", 0, lambda: torch.zeros(3, dtype=torch.int64), ValueError, "reads must have 2"),
 }
@@ -369,8 +400,16 @@ CONFIG_ERRORS = {
     "no_bound": ({"inp_bound": 0.0}, ValueError, "inp_bound must be positive with a resolution"),
     "inp_bound": ({"inp_bound": 0.5}, ValueError, "inp_bound must be 1 with noise_management='abs_max'"),
     "thres": ({"noise_management": "none", "nm_thres": 1.0}, ValueError, "nm_thres must be 0"),
-    "worst_case": ({"noise_management": "none", "bound_management": "iterative_worst_case"}, ValueError, "use 'iterative'"),
-    "worst_bound": ({"out_bound": 0.0, "out_res": 0.0, "bound_management": "iterative_worst_case"}, ValueError, "nothing clips"),
+    "worst_case": (
+        {"noise_management": "none", "bound_management": "iterative_worst_case"},
+        ValueError,
+        "use 'iterative'",
+    ),
+    "worst_bound": (
+        {"out_bound": 0.0, "out_res": 0.0, "bound_management": "iterative_worst_case"},
+        ValueError,
+        "nothing clips",
+    ),
     "sto_round": ({"inp_res": 0.0, "inp_sto_round": True}, ValueError, "there is nothing to round"),
     "management": ({"noise_management": "max"}, ValueError, "noise_management must be one of"),
     "rounds": ({"max_bm_rounds": 0}, ValueError, "max_bm_rounds must be"),

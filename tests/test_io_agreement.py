@@ -34,8 +34,13 @@ def test_defaults_agree():
 
 @pytest.mark.parametrize(
     ("name", "field", "value"),
-    [("output noise", "out_noise", 0.102), ("weight noise", "w_noise", 0.051), ("input noise", "inp_noise", 0.102),
-     ("quantised", "inp_res", 1 / 16), ("clipping", "out_bound", 1.01)],
+    [
+        ("output noise", "out_noise", 0.102),
+        ("weight noise", "w_noise", 0.051),
+        ("input noise", "inp_noise", 0.102),
+        ("quantised", "inp_res", 1 / 16),
+        ("clipping", "out_bound", 1.01),
+    ],
 )
 def test_the_comparison_notices(name, field, value):
     """A change of a few per cent is further than the limit."""

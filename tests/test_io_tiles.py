@@ -73,8 +73,9 @@ def test_converters_that_do_nothing_give_the_exact_layer(kind, io, fast):
 
 
 def test_reads_b_then_a_then_c_and_latches_what_it_read():
-    """Each of the six reads is the chain of the plain PyTorch reference; the two products with A and B see the output of the
-    other's converter, C sees x and D; gradients are formed from the latched operands.
+    """Each of the six reads is the chain of the plain PyTorch reference; gradients come from the latched operands.
+
+    Forward A sees the converted output of B, backward B that of A; C sees x and D.
     """
     io = IOConfig(inp_noise=0.02, w_noise=0.01, out_bound=100.0)  # nothing clips: rounds would multiply other shapes
     tile, _ = layer(io=io, fast_device=devices.SoftBounds(), io_backward=dataclasses.replace(io, inp_bits=5))
@@ -86,7 +87,9 @@ def test_reads_b_then_a_then_c_and_latches_what_it_read():
 
     y = tile(x)
     z = read(x.detach(), b, 0, 1, io.pack())
-    exact = read(x.detach(), tile.matrix, 0, 2, io.pack()).add_(read(z, a, 0, 0, io.pack()), alpha=0.5) + tile.bias.detach()
+    exact = (
+        read(x.detach(), tile.matrix, 0, 2, io.pack()).add_(read(z, a, 0, 0, io.pack()), alpha=0.5) + tile.bias.detach()
+    )
     assert same_bits(y, exact)
     d = randn(3, 7, 5)
     y.backward(d)
@@ -119,8 +122,10 @@ def test_bound_management_reaches_the_layer():
         tile.weight.fill_(0.5)
     x = torch.ones(2, 64, requires_grad=True)
     y = tile(x)
-    # Three doublings to alpha = 4 for 32 < 48: half a step of 4 * 24 / 4094 and half a step 4 / 510 of each of 64 inputs.
-    torch.testing.assert_close(y.detach(), torch.full((2, 64), 32.0), rtol=0, atol=0.5 * 4 * 24 / 4094 + 32 * 0.5 * 4 / 255)
+    # Two doublings to alpha = 4 for 32 < 48: half a step of 4 * 24 / 4094, and half a step of 4 / 255 of 64 inputs.
+    torch.testing.assert_close(
+        y.detach(), torch.full((2, 64), 32.0), rtol=0, atol=0.5 * 4 * 24 / 4094 + 32 * 0.5 * 4 / 255
+    )
     y.sum().backward()
     assert (x.grad == 12.0).all()
 
@@ -167,8 +172,20 @@ def test_autocast_keeps_the_chain_in_float32():
     torch.testing.assert_close(ratio, ratio.round(), rtol=0, atol=1e-4)  # 255 steps of float32
 
 
+def test_backward_within_autocast_is_the_same():
+    """Some loops call backward inside the autocast region; its products must not run in bf16 for that."""
+    found = []
+    for within in (False, True):
+        tile, x = layer("linear", IOConfig())
+        y = tile(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=within):
+            y.sum().backward()
+        found.append((tile.A.grad, tile.B.grad))
+    assert all(map(same_bits, *found))
+
+
 def test_float64_tiles_are_refused():
-    with pytest.raises(TypeError, match="dtype must be float32 on devices and behind converters, got torch.float64"):
+    with pytest.raises(TypeError, match=r"dtype must be float32 on devices and behind converters, got torch\.float64"):
         LRTTLinear(3, 3, config=LRTTConfig(rank=1, io=IOConfig()), dtype=torch.float64)
 
 

@@ -47,13 +47,18 @@ class _Reader:
         self.rounds = 0 if backward else config.bm_rounds
         self.state, self.first_sample = tile.tile_state, tile.first_sample
         on_gpu = tile.tile_state.is_cuda
-        self.dtype = dtype if on_gpu and (config.is_perfect or 0 < config.levels <= _EXACT.get(dtype, 0)) else torch.float32
+        self.dtype = (
+            dtype if on_gpu and (config.is_perfect or 0 < config.levels <= _EXACT.get(dtype, 0)) else torch.float32
+        )
         self.ticket = torch.ops.lrtt.io_ticket_(tile.tile_reads, evaluation)
 
-    def operand(self, x: Tensor, array: int, first: int, round: int = 0, pending: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def operand(
+        self, x: Tensor, array: int, first: int, round: int = 0, pending: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x ``[n, k]`` behind the input converter, and the samples' scales and noise ``[2, n]``."""
         return torch.ops.lrtt.io_input(  # type: ignore[no-any-return]
-            x, self.ticket, self.state, self.numbers, array, round, self.first_sample + first, pending, self.dtype)
+            x, self.ticket, self.state, self.numbers, array, round, self.first_sample + first, pending, self.dtype
+        )
 
     def product(self, u: Tensor, w: Tensor) -> Tensor:
         """``u w^T`` in float32: the output converter has more steps than bf16 has digits."""
@@ -61,7 +66,9 @@ class _Reader:
             return u.float() @ w.t()
         return torch.mm(u.to(self.dtype), w.to(self.dtype).t(), out_dtype=torch.float32)
 
-    def read(self, x: Tensor, w: Tensor, array: int, first: int, operand: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def read(
+        self, x: Tensor, w: Tensor, array: int, first: int, operand: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """``x w^T`` through the chain, float32 ``[n, d]``; w ``[d, k]`` is the array or its transpose.
 
         Args:
@@ -83,10 +90,12 @@ class _Reader:
             pending = self._output(y, torch.ops.lrtt.io_product(u, w, pending), per, array, round, first, pending)
         return y
 
-    def _output(self, y: Tensor, products: Tensor, per: Tensor, array: int, round: int, first: int,
-                pending: Tensor | None) -> Tensor:
+    def _output(
+        self, y: Tensor, products: Tensor, per: Tensor, array: int, round: int, first: int, pending: Tensor | None
+    ) -> Tensor:
         return torch.ops.lrtt.io_output_(  # type: ignore[no-any-return]
-            y, products, per, self.ticket, self.state, self.numbers, array, round, self.first_sample + first, pending)
+            y, products, per, self.ticket, self.state, self.numbers, array, round, self.first_sample + first, pending
+        )
 
     def shared(self, x: Tensor, array: int, first: int) -> tuple[Tensor, Tensor] | None:
         """An operand for the two arrays that read x, unless each read of it is another one."""
@@ -94,8 +103,9 @@ class _Reader:
 
 
 class _AnalogRead(torch.autograd.Function):
-    """X_B is the analog read of B, D_A the backward analog read of A; x and D are digital. Gradients of A and B are formed
-    from these four.
+    """X_B is the analog read of B, D_A the backward analog read of A; x and D are digital.
+
+    Gradients of A and B are formed from these four.
     """
 
     @staticmethod
@@ -125,19 +135,20 @@ class _AnalogRead(torch.autograd.Function):
         alpha = tile.config.alpha
         x, z, c, a, b = ctx.saved_tensors
         d, need_x = tile.samples(grad), ctx.needs_input_grad[0]
-        reader = _Reader(tile, True, ctx.evaluation, ctx.dtype)
         grad_b = torch.zeros_like(b)
         inner, grad_x = [], []
-        for first, piece, rows in tile.chunks(x):
-            d_rows = d[first : first + rows.shape[0]]
-            held = reader.shared(d_rows, A, first)
-            da = reader.read(d_rows, a.t(), A, first, held)
-            inner.append(da)
-            grad_b.addmm_(da.t(), rows.float(), alpha=alpha)
-            if need_x:
-                by_x = reader.read(d_rows, c.t(), C, first, held)
-                grad_x.append(tile.fold(by_x.add_(reader.read(da, b.t(), B, first), alpha=alpha), piece))
-        grad_a = alpha * (d.float().t() @ tile.samples(z))
+        with torch.autocast(x.device.type, enabled=False):  # some call backward within it
+            reader = _Reader(tile, True, ctx.evaluation, ctx.dtype)
+            for first, piece, rows in tile.chunks(x):
+                d_rows = d[first : first + rows.shape[0]]
+                held = reader.shared(d_rows, A, first)
+                da = reader.read(d_rows, a.t(), A, first, held)
+                inner.append(da)
+                grad_b.addmm_(da.t(), rows.float(), alpha=alpha)
+                if need_x:
+                    by_x = reader.read(d_rows, c.t(), C, first, held)
+                    grad_x.append(tile.fold(by_x.add_(reader.read(da, b.t(), B, first), alpha=alpha), piece))
+            grad_a = alpha * (d.float().t() @ tile.samples(z))
         if _accumulates(ctx.next_functions[2:4]):
             tile.latch.enter(torch._C._current_graph_task_id(), tile.A.grad is None)
             tile.latch.samples += d.shape[0]

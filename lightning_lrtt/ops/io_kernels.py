@@ -23,8 +23,10 @@ def _where(op: str, rows: int, array: int, round: int, first_sample: int) -> Non
     if not 0 <= round <= _MAX_ROUND:
         raise ValueError(f"lrtt::{op}: round must be between 0 and {_MAX_ROUND}, got {round}")
     if first_sample < 0 or first_sample + rows > _MAX_SAMPLES:
-        raise ValueError(f"lrtt::{op}: first_sample must be at least 0 and a read at most {_MAX_SAMPLES} samples, got "
-                         f"first_sample {first_sample} and {rows} samples")
+        raise ValueError(
+            f"lrtt::{op}: first_sample must be at least 0 and a read at most {_MAX_SAMPLES} samples, got "
+            f"first_sample {first_sample} and {rows} samples"
+        )
 
 
 def _flags(op: str, pending: Tensor | None, owner: Tensor, rows: int) -> int:
@@ -36,18 +38,35 @@ def _flags(op: str, pending: Tensor | None, owner: Tensor, rows: int) -> int:
 
 def io_ticket_(reads: Tensor, evaluation: bool) -> Tensor:
     ticket = torch.empty((), dtype=torch.int64, device=reads.device)
-    _run(reads, "io_ticket", _contiguous("io_ticket_", "reads", reads, torch.int64, size=2), int(evaluation), ticket.data_ptr())
+    _run(
+        reads,
+        "io_ticket",
+        _contiguous("io_ticket_", "reads", reads, torch.int64, size=2),
+        int(evaluation),
+        ticket.data_ptr(),
+    )
     return ticket
 
 
-def io_input(x: Tensor, ticket: Tensor, state: Tensor, io: Tensor, array: int, round: int, first_sample: int,
-             pending: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def io_input(
+    x: Tensor,
+    ticket: Tensor,
+    state: Tensor,
+    io: Tensor,
+    array: int,
+    round: int,
+    first_sample: int,
+    pending: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     op = "io_input"
     _same_device(op, x, ticket=ticket, state=state)
     if x.dim() != 2:
         raise ValueError(f"lrtt::{op}: x must be [N, k], got {list(x.shape)}")
     if dtype not in (_ELEMENT_TYPES if x.is_cuda else (torch.float32,)):
-        raise TypeError(f"lrtt::{op}: dtype must be float32{', bfloat16 or float16' if x.is_cuda else ' on the CPU'}, got {dtype}")
+        raise TypeError(
+            f"lrtt::{op}: dtype must be float32{', bfloat16 or float16' if x.is_cuda else ' on the CPU'}, got {dtype}"
+        )
     (rows, k), n_state = x.shape, _state(op, state)
     _where(op, rows, array, round, first_sample)
     if not x.is_cuda or x.dtype not in _ELEMENT_TYPES:
@@ -56,11 +75,27 @@ def io_input(x: Tensor, ticket: Tensor, state: Tensor, io: Tensor, array: int, r
         x = x.contiguous()
     u = torch.empty((rows, k), dtype=dtype, device=x.device)
     per = torch.empty((2, rows), dtype=torch.float32, device=x.device)
-    _run(x, op, (
-        x.data_ptr(), x.stride(0), _ELEMENT_TYPES[x.dtype], _ELEMENT_TYPES[dtype], rows, first_sample, k, array, round,
-        _contiguous(op, "ticket", ticket, torch.int64, size=1), n_state, _flags(op, pending, x, rows), u.data_ptr(),
-        per.data_ptr(), _numbers(op, io),
-    ))
+    _run(
+        x,
+        op,
+        (
+            x.data_ptr(),
+            x.stride(0),
+            _ELEMENT_TYPES[x.dtype],
+            _ELEMENT_TYPES[dtype],
+            rows,
+            first_sample,
+            k,
+            array,
+            round,
+            _contiguous(op, "ticket", ticket, torch.int64, size=1),
+            n_state,
+            _flags(op, pending, x, rows),
+            u.data_ptr(),
+            per.data_ptr(),
+            _numbers(op, io),
+        ),
+    )
     return u, per
 
 
@@ -80,8 +115,18 @@ def io_product(u: Tensor, w: Tensor, pending: Tensor) -> Tensor:
     return acc.index_copy_(0, clipped, u[clipped] @ w.t())
 
 
-def io_output_(y: Tensor, acc: Tensor, per: Tensor, ticket: Tensor, state: Tensor, io: Tensor, array: int, round: int,
-               first_sample: int, pending: Tensor | None) -> Tensor:
+def io_output_(
+    y: Tensor,
+    acc: Tensor,
+    per: Tensor,
+    ticket: Tensor,
+    state: Tensor,
+    io: Tensor,
+    array: int,
+    round: int,
+    first_sample: int,
+    pending: Tensor | None,
+) -> Tensor:
     op = "io_output_"
     _same_device(op, y, acc=acc, per=per, ticket=ticket, state=state)
     if y.dim() != 2 or y.shape != acc.shape:
@@ -89,12 +134,25 @@ def io_output_(y: Tensor, acc: Tensor, per: Tensor, ticket: Tensor, state: Tenso
     rows, d = y.shape
     _where(op, rows, array, round, first_sample)
     clipped = torch.empty(rows, dtype=torch.int32, device=y.device)
-    _run(y, "io_output", (
-        _contiguous(op, "y", y, torch.float32), _contiguous(op, "acc", acc, torch.float32),
-        _contiguous(op, "per", per, torch.float32, size=2 * rows), rows, first_sample, d, array, round,
-        _contiguous(op, "ticket", ticket, torch.int64, size=1), _state(op, state), _flags(op, pending, y, rows),
-        clipped.data_ptr(), _numbers(op, io),
-    ))
+    _run(
+        y,
+        "io_output",
+        (
+            _contiguous(op, "y", y, torch.float32),
+            _contiguous(op, "acc", acc, torch.float32),
+            _contiguous(op, "per", per, torch.float32, size=2 * rows),
+            rows,
+            first_sample,
+            d,
+            array,
+            round,
+            _contiguous(op, "ticket", ticket, torch.int64, size=1),
+            _state(op, state),
+            _flags(op, pending, y, rows),
+            clipped.data_ptr(),
+            _numbers(op, io),
+        ),
+    )
     return clipped
 
 

@@ -1,4 +1,4 @@
-"""The converters of csrc/io.h in plain PyTorch: the numbers of ``lrtt::io_input`` and ``lrtt::io_output_``, bit for bit.
+"""The converters of csrc/io.h in plain PyTorch: the bits of ``lrtt::io_input`` and ``lrtt::io_output_``.
 
 `read` is a whole read with an exact matrix product, for tests of what a chain does on average.
 """
@@ -29,7 +29,9 @@ def _numbers(io: Tensor) -> dict[str, Tensor]:
 def _words(state: Tensor, ticket: Tensor, array: int, round: int, sample: int, stage: int, n: int) -> Tensor:
     """One word for each of ``n`` elements of a sample."""
     e = torch.arange(n)
-    calls = philox(int(state[KEY]), e // 64 * 16 + e % 16, sample, int(ticket), counter3(READ, array) | round * 8 + stage)
+    calls = philox(
+        int(state[KEY]), e // 64 * 16 + e % 16, sample, int(ticket), counter3(READ, array) | round * 8 + stage
+    )
     return calls.gather(0, (e // 16 % 4)[None])[0]
 
 
@@ -77,8 +79,17 @@ def scale(p: dict[str, Tensor], x: Tensor, round: int) -> Tensor:
     return more(f32(worst), alpha) * 2.0 ** (round - 1)
 
 
-def io_input(x: Tensor, ticket: Tensor, state: Tensor, io: Tensor, array: int, round: int, first_sample: int,
-             pending: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def io_input(
+    x: Tensor,
+    ticket: Tensor,
+    state: Tensor,
+    io: Tensor,
+    array: int,
+    round: int,
+    first_sample: int,
+    pending: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
     """The operand ``[N, k]`` in units of the step, and alpha and sigma of each sample ``[2, N]``."""
     p, x = _numbers(io), x.float()
     n, k = x.shape
@@ -107,8 +118,18 @@ def io_product(u: Tensor, w: Tensor, pending: Tensor) -> Tensor:
     return torch.where(pending.bool()[:, None], u.float() @ w.to(u.dtype).float().t(), 0.0)
 
 
-def io_output_(y: Tensor, acc: Tensor, per: Tensor, ticket: Tensor, state: Tensor, io: Tensor, array: int, round: int,
-               first_sample: int, pending: Tensor | None) -> Tensor:
+def io_output_(
+    y: Tensor,
+    acc: Tensor,
+    per: Tensor,
+    ticket: Tensor,
+    state: Tensor,
+    io: Tensor,
+    array: int,
+    round: int,
+    first_sample: int,
+    pending: Tensor | None,
+) -> Tensor:
     """Writes y ``[N, d]`` in place; returns which samples were clipped, int32 ``[N]``."""
     p, (n, d) = _numbers(io), acc.shape
     clipped = torch.zeros(n, dtype=torch.int32)
@@ -133,7 +154,7 @@ def io_output_(y: Tensor, acc: Tensor, per: Tensor, ticket: Tensor, state: Tenso
 
 
 def read(x: Tensor, w: Tensor, ticket: Tensor, state: Tensor, io: Tensor, array: int, rounds: int) -> Tensor:
-    """``x w^T`` through the chain, with up to ``rounds`` repetitions of samples that clip; x ``[N, k]``, w ``[d, k]``."""
+    """``x w^T`` through the chain, with at most ``rounds`` repetitions; x ``[N, k]``, w ``[d, k]``."""
     y, pending = torch.zeros(x.shape[0], w.shape[0]), torch.ones(x.shape[0], dtype=torch.int32)
     for round in range(rounds + 1):
         u, per = io_input(x, ticket, state, io, array, round, 0, pending, torch.float32)

@@ -1,6 +1,6 @@
 """Statistics of reads through aihwkit's converters, that `tests/test_io_agreement.py` compares this package's with.
 
-Runs where aihwkit is (see `aihwkit_statistics.py` for how to build it), not this package, in about a minute on one core:
+Runs where aihwkit is (`aihwkit_statistics.py` says how to build it), not this package, in about a minute on one core:
 
     OMP_NUM_THREADS=1 python tests/peers/aihwkit_io.py tests/peers/aihwkit_io.json
 
@@ -23,8 +23,8 @@ from aihwkit.simulator.parameters.enums import BoundManagementType, NoiseManagem
 from aihwkit.simulator.parameters.io import IOParameters
 from aihwkit.simulator.tiles.analog import AnalogTile
 
-# name -> fields of lightning_lrtt.IOConfig; those of aihwkit's IOParameters have the same names. A resolution of 0 is -1
-# there, w_noise needs a type, and the enumerations are spelled in capitals.
+# name -> fields of lightning_lrtt.IOConfig; those of aihwkit's IOParameters have the same names. There a resolution of
+# 0 is -1, w_noise needs a type, and the enumerations are spelled in capitals.
 QUIET = {"out_noise": 0.0, "bound_management": "none"}
 OPEN = QUIET | {"inp_res": 0.0, "out_res": 0.0, "out_bound": 0.0}
 CASES: dict[str, dict[str, Any]] = {
@@ -33,7 +33,13 @@ CASES: dict[str, dict[str, Any]] = {
     "output noise": OPEN | {"out_noise": 0.1},
     "input noise": OPEN | {"inp_noise": 0.1},
     "weight noise": OPEN | {"w_noise": 0.05},
-    "all noise, converters": {"inp_noise": 0.1, "w_noise": 0.05, "out_noise": 0.1, "inp_res": 1 / 14, "out_res": 1 / 62},
+    "all noise, converters": {
+        "inp_noise": 0.1,
+        "w_noise": 0.05,
+        "out_noise": 0.1,
+        "inp_res": 1 / 14,
+        "out_res": 1 / 62,
+    },
     "stochastic rounding": {"inp_sto_round": True, "out_sto_round": True, "inp_res": 1 / 14, "out_res": 1 / 62} | QUIET,
     "clipping": {"out_bound": 1.0, "bound_management": "none"},
     "no noise management": {"noise_management": "none", "bound_management": "none", "inp_bound": 1.5},
@@ -53,7 +59,9 @@ LIST = 32768  # normals in the list of a tile's generator
 
 def weights() -> torch.Tensor:
     """Fixed numbers within 0.6."""
-    return 0.6 * torch.sin(1.7 * torch.arange(OUTPUTS * INPUTS, dtype=torch.float64) ** 1.3).view(OUTPUTS, INPUTS).float()
+    return (
+        0.6 * torch.sin(1.7 * torch.arange(OUTPUTS * INPUTS, dtype=torch.float64) ** 1.3).view(OUTPUTS, INPUTS).float()
+    )
 
 
 def vectors(size: int) -> torch.Tensor:
@@ -117,8 +125,20 @@ def defaults() -> dict[str, Any]:
     """aihwkit's own defaults of the fields that we have, as we spell them."""
     io = IOParameters()
     names = {"NONE": "none", "ABS_MAX": "abs_max", "ITERATIVE": "iterative"}
-    fields = ("is_perfect", "inp_bound", "inp_res", "inp_noise", "inp_sto_round", "out_bound", "out_res", "out_noise",
-              "out_sto_round", "w_noise", "nm_thres", "max_bm_res")
+    fields = (
+        "is_perfect",
+        "inp_bound",
+        "inp_res",
+        "inp_noise",
+        "inp_sto_round",
+        "out_bound",
+        "out_res",
+        "out_noise",
+        "out_sto_round",
+        "w_noise",
+        "nm_thres",
+        "max_bm_res",
+    )
     enumerations = {key: names[getattr(io, key).name] for key in ("noise_management", "bound_management")}
     return {key: getattr(io, key) for key in fields} | enumerations
 
@@ -159,7 +179,9 @@ def lines(value: Any, depth: int = 0) -> str:
     if not isinstance(value, dict) or depth == 3:
         return json.dumps(value)
     pad = " " * (depth + 1)
-    return "{\n" + ",\n".join(f"{pad}{json.dumps(k)}: {lines(v, depth + 1)}" for k, v in value.items()) + f"\n{pad[1:]}}}"
+    return (
+        "{\n" + ",\n".join(f"{pad}{json.dumps(k)}: {lines(v, depth + 1)}" for k, v in value.items()) + f"\n{pad[1:]}}}"
+    )
 
 
 if __name__ == "__main__":

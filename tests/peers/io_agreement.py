@@ -3,8 +3,8 @@
 ``PYTHONPATH=tests python -m peers.io_agreement docs/agreement.md`` writes the table of that page anew.
 
 STANDARD ERRORS are those of `agreement.py`: z = |difference| / sqrt(se^2 + se^2) of the means and variances of every
-output of every vector. To both are added float32 roundings, 2e-6 of the largest mean and its square: reads without noise
-agree to that, not exactly, since the two sides divide and multiply in another order.
+output of every vector. To both are added float32 roundings, 2e-6 of the largest mean and its square: reads without
+noise agree to that, not exactly, since the two sides divide and multiply in another order.
 
 THE ZERO VECTOR of cases with input noise is left out: aihwkit reads it then, here a zero input gives a zero output.
 """
@@ -77,10 +77,18 @@ def report(table: dict[str, Any]) -> str:
     for name, case in table["cases"].items():
         forward_mean, forward, backward_mean, backward = (f"{r.distance:.1f}" for r in compare(table, name))
         numbers = ", ".join(f"{k} {v if isinstance(v, str) else format(v, '.4g')}" for k, v in case["io"].items())
-        lines.append(f"| {name}{f' ({numbers})' if numbers else ''} | {forward_mean}, {forward} | {backward_mean}, {backward} |")
+        lines.append(
+            f"| {name}{f' ({numbers})' if numbers else ''} | {forward_mean}, {forward} | {backward_mean}, {backward} |"
+        )
     made = table["made"]
-    return "\n".join([*lines, "", f"aihwkit {made['aihwkit']}, torch {made['torch']}, {made['reads']} reads of each vector there, "
-                      f"{REPEATS} here."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"aihwkit {made['aihwkit']}, torch {made['torch']}, {made['reads']} reads of each vector there, "
+            f"{REPEATS} here.",
+        ]
+    )
 
 
 def main(page: Path) -> None:
