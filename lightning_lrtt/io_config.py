@@ -174,7 +174,9 @@ class IOConfig:
         if self.max_bm_rounds is not None:
             return self.max_bm_rounds
         limit = min(self._factor_limit, _MAX_BM_FACTOR)
-        doublings = max(math.floor(math.log2(limit)) + 1, 0)  # aihwkit stops at the first factor above the limit
+        if limit < 1.0:
+            return 0
+        doublings = math.floor(math.log2(limit)) + 1  # aihwkit stops at the first factor above the limit
         return min(doublings + (self.bound_management == "iterative_worst_case"), 20)
 
     @property

@@ -435,5 +435,6 @@ def test_rounds_are_aihwkits():
     assert IOConfig().bm_rounds == 4
     assert IOConfig(bound_management="iterative_worst_case").bm_rounds == 5
     assert IOConfig(inp_res=0.0).bm_rounds == 10
+    assert IOConfig(inp_bits=2, bound_management="iterative_worst_case").bm_rounds == 0  # 0.25 / (2 / 2) < 1
     assert IOConfig(bound_management="none").bm_rounds == 0
     assert IOConfig(max_bm_rounds=2).bm_rounds == 2
