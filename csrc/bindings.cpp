@@ -10,6 +10,8 @@
 #include "cuda/kernels.h"
 #endif
 
+void bind_io(pybind11::module_& m);  // bindings_io.cpp
+
 namespace py = pybind11;
 using namespace lrtt;
 
@@ -115,7 +117,7 @@ void launch(const py::list& list, Job (*parse)(const py::tuple&), Run run) {
 
 py::dict layout() {
   py::dict out;
-  py::list tile, device, counts;
+  py::list tile, device, counts, io;
 #define LRTT_FIELD(name) tile.append(#name);
   LRTT_TILE_FIELDS(LRTT_FIELD)
 #undef LRTT_FIELD
@@ -125,6 +127,11 @@ py::dict layout() {
 #define LRTT_FIELD(name) counts.append(#name);
   LRTT_COUNTS(LRTT_FIELD)
 #undef LRTT_FIELD
+#define LRTT_FIELD(name) io.append(#name);
+  LRTT_IO_FIELDS(LRTT_FIELD)
+#undef LRTT_FIELD
+  out["io"] = io;
+  out["read_lanes"] = kReadLanes;
   out["tile"] = tile;
   out["device"] = device;
   out["counts"] = counts;
@@ -246,6 +253,8 @@ PYBIND11_MODULE(_C, m) {
     cuda::reset(cells_job(job), reset_range(range), scratch(stream));
   });
 #endif
+
+  bind_io(m);
 
   // Single numbers of the shared header, for tests and plots.
   m.def("philox", [](uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {

@@ -18,12 +18,14 @@
 //   kWriteNoise        cell / 4              block of samples, 0       step    purpose|array|event
 //   kReset             cell                  number of the reset       step    purpose|array|0
 //   kReset             cell                  0, then 1 + pulse / 8     step    purpose|array|1 (refresh)
+//   kRead              read_group(element)   sample                    ticket  purpose|array|round * 8 + stage
 //
 // `cell` = row * columns + column of the array; `element` indexes one side of an outer product; word
 // k of the four belongs to element 4*(element/4)+k, and likewise to a cell; of kNoise, its halves (low first) to pulses 2k and 2k+1
 // of a group of eight. `step` counts optimizer steps, `cycle` reinits; `segment` is a piece of the pulse stream (jobs.h) and `pulse`
 // counts the pulses of that cell in it; `piece` is the 32-slot piece of one sample's train. `event` is a WriteEvent
 // (devices.h); that of a reinit has the cycle instead of the step. The second cell of a pair belongs to array + kMinus.
+// kRead is explained in io.h: `ticket` numbers the reads of a tile, `round` those of one read that bound management repeats.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +41,8 @@ namespace lrtt {
 
 enum Array : uint32_t { kA = 0, kB = 1, kC = 2, kMinus = 4 };
 enum Purpose : uint32_t {
-  kDraw = 1, kReinit = 2, kBitX = 3, kBitD = 4, kNoise = 5, kDiffusion = 6, kWriteNoise = 7, kReset = 8
+  kDraw = 1, kReinit = 2, kBitX = 3, kBitD = 4, kNoise = 5, kDiffusion = 6, kWriteNoise = 7, kReset = 8,
+  kRead = 16
 };
 
 LRTT_HD uint32_t counter3(Purpose purpose, uint32_t array, uint32_t piece) {

@@ -2,7 +2,7 @@
 
 from lightning_lrtt import devices, presets
 from lightning_lrtt._compiled import build_info
-from lightning_lrtt.config import LRTTConfig, PulseConfig
+from lightning_lrtt.config import IOConfig, LRTTConfig, PulseConfig
 from lightning_lrtt.data import ResumableLoader
 from lightning_lrtt.nn import convert_to_digital, convert_to_lrtt
 from lightning_lrtt.optim import LRTT, NonFiniteError
@@ -10,6 +10,7 @@ from lightning_lrtt.strategies import LRTTStrategy
 
 __all__ = [
     "LRTT",
+    "IOConfig",
     "LRTTConfig",
     "LRTTStrategy",
     "NonFiniteError",

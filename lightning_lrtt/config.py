@@ -13,8 +13,9 @@ import torch
 from lightning_lrtt import _check
 from lightning_lrtt._compiled import LAYOUT
 from lightning_lrtt.devices import Device
+from lightning_lrtt.io_config import IOConfig
 
-__all__ = ["LRTTConfig", "PulseConfig"]
+__all__ = ["IOConfig", "LRTTConfig", "PulseConfig"]
 
 _TRANSFER_MODES = {"digital": 1, "pulsed": 2, "pulsed_residual": 3}
 _REINITS = {"normal": 1, "uniform": 2, "orthogonal": 3}
@@ -69,7 +70,8 @@ class LRTTConfig:
             keeps in A what the trains could not carry; ``auto``: pulsed if there is a ``visible_device``.
         transfer_max_words: Pulsed transfer: most words (of ``transfer_pulse.desired_bl`` slots) that one of the r terms may
             use. What is beyond is counted in ``transfer_clip_fraction``.
-        io: Converters of analog reads. Only None, exact reads, is available in this version.
+        io: Converters of analog reads (`IOConfig`). None: every read is exact.
+        io_backward: Converters of backward reads. None: those of ``io``. Backward reads have no bound management.
         seed: Seed of device draws, reinits and pulses; each tile derives its own key from it.
 
     Raises:
@@ -95,7 +97,8 @@ class LRTTConfig:
     transfer_pulse: PulseConfig = field(default_factory=PulseConfig)
     transfer_mode: Literal["auto", "digital", "pulsed", "pulsed_residual"] = "auto"
     transfer_max_words: int = 16
-    io: None = None
+    io: IOConfig | None = None
+    io_backward: IOConfig | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -123,8 +126,12 @@ class LRTTConfig:
         _check.choice(me, "reinit", self.reinit, _REINITS)
         _check.choice(me, "grad_scale", self.grad_scale, ("none", "rsqrt", "sqrt"))
         _check.choice(me, "transfer_mode", self.transfer_mode, ("auto", *_TRANSFER_MODES))
-        if self.io is not None:
-            raise _check.fail(me, "io", "None", self.io, "this version reads tiles exactly")
+        for name in ("io", "io_backward"):
+            if not isinstance(getattr(self, name), (IOConfig, type(None))):
+                raise TypeError(f"{me}: {name} must be an IOConfig or None, got {getattr(self, name)!r}")
+        if self.io is None and self.io_backward is not None:
+            raise _check.fail(me, "io_backward", "None with io=None", self.io_backward,
+                              "for converters in the backward direction only, give io=IOConfig(is_perfect=True)")
         for name in ("fast_device", "visible_device"):
             device = getattr(self, name)
             if device is not None and not isinstance(device, Device):

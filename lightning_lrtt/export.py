@@ -20,7 +20,7 @@ from lightning_lrtt.nn import identity
 __all__ = ["digital_state_dict", "export_checkpoint"]
 
 log = logging.getLogger(__name__)
-_OWN = ("A", "B", "tile_state", "tile_counts", "A_cells", "B_cells", "C_cells", "_extra_state")
+_OWN = ("A", "B", "tile_state", "tile_counts", "tile_reads", "A_cells", "B_cells", "C_cells", "_extra_state")
 _SUFFIXES = (".safetensors", ".pt")
 
 

@@ -37,7 +37,9 @@ def accuracy(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *arg
 
 
 # After 3 of 30 epochs; guessing gives 0.1.
-@pytest.mark.parametrize(("name", "least"), [("config", 0.8), ("pulsed", 0.8), ("plain", 0.9), ("convnet", 0.8)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("config", 0.8), ("pulsed", 0.8), ("io", 0.8), ("plain", 0.9), ("convnet", 0.8)]
+)
 def test_configuration(name: str, least: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert accuracy(name, tmp_path, capsys, "--trainer.max_epochs=3") > least
     assert list(tmp_path.glob("*/version_0/events.out.tfevents.*"))

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "../io.h"
 #include "../jobs.h"
 
 namespace lrtt::cpu {
@@ -61,6 +62,11 @@ void reset(const CellsJob& job, const ResetRange& range, int threads);
 
 // Decay, diffusion and refresh, one optimizer step.
 void relax(const std::vector<CellsJob>& jobs, int threads);
+
+// Converters (io.h), and the number of a read: *ticket = 2 * reads[mode] + mode, reads[mode] += 1.
+void take_ticket(int64_t* reads, int mode, int64_t* ticket);
+void read_input(const InputJob& job, int threads);
+void read_output(const OutputJob& job, int threads);
 
 const char* instruction_set();
 

@@ -26,18 +26,6 @@ uint32_t largest(const float* v, int64_t n, int64_t stride) {
 }
 
 // Lane l, word k of a chunk is element 4*l + k: one Philox call serves the four words of a lane.
-using Lanes = uint32_t[4][kLanes];
-
-LRTT_HD void random_lanes(uint64_t key, uint32_t group0, uint32_t c1, uint32_t c2, uint32_t c3, Lanes& out) {
-  for (int l = 0; l < kLanes; ++l) {
-    const Words r = philox(key, group0 + uint32_t(l), c1, c2, c3);
-    out[0][l] = r.w[0];
-    out[1][l] = r.w[1];
-    out[2][l] = r.w[2];
-    out[3][l] = r.w[3];
-  }
-}
-
 void generate(const Operand& v, int64_t elements, int64_t e0, bool is_x, const BlockPlan& plan, uint64_t key,
               uint32_t step, uint32_t array, const Stream& out) {
   const int width = int(elements - e0 < kChunk ? elements - e0 : kChunk);

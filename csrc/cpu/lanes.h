@@ -2,12 +2,26 @@
 // the processor has is chosen at load; the numbers do not depend on the choice.
 #pragma once
 
+#include "../io.h"
 #include "../jobs.h"
 
 namespace lrtt {
 
 constexpr int kLanes = 16;
 constexpr int kChunk = 4 * kLanes;  // elements whose bits are generated together
+
+// The words of kLanes neighbouring Philox calls, word by word.
+using Lanes = uint32_t[4][kLanes];
+
+LRTT_HD void random_lanes(uint64_t key, uint32_t group0, uint32_t c1, uint32_t c2, uint32_t c3, Lanes& out) {
+  for (int l = 0; l < kLanes; ++l) {
+    const Words r = philox(key, group0 + uint32_t(l), c1, c2, c3);
+    out[0][l] = r.w[0];
+    out[1][l] = r.w[1];
+    out[2][l] = r.w[2];
+    out[3][l] = r.w[3];
+  }
+}
 
 // The slots of one block of samples.
 struct BlockPlan {
@@ -40,5 +54,14 @@ struct LaneKernels {
 };
 
 const LaneKernels& lane_kernels();
+
+// The converters of io.h on one sample; likewise compiled once for each instruction set, in io_lanes.cpp.
+struct IoKernels {
+  const char* name;
+  // Fills u[n] and the sample's alpha and sigma.
+  void (*input)(const IoNumbers& io, const float* x, int64_t n, const ReadId& id, float* u, float* alpha, float* sigma);
+  // Fills y[n]; returns whether an output was clipped.
+  bool (*output)(const IoNumbers& io, const float* acc, int64_t n, const ReadId& id, float alpha, float sigma, float* y);
+};
 
 }  // namespace lrtt

@@ -26,6 +26,11 @@ void draw_cells(const cpu::CellsJob& job, float* out, Stream stream);
 void clip(const cpu::CellsJob& job, bool write, int64_t* at_bound, Stream stream);
 void reset(const cpu::CellsJob& job, const cpu::ResetRange& range, Stream stream);
 
+void take_ticket(int64_t* reads, int mode, int64_t* ticket, Stream stream);
+void read_input(const InputJob& job, Stream stream);
+void read_output(const OutputJob& job, Stream stream);
+void read_product(const ProductJob& job, Stream stream);
+
 int runtime_version();
 int driver_version();
 

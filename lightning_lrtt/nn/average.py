@@ -58,6 +58,8 @@ def effective_weights(averaged: nn.Module, model: nn.Module) -> Iterator[None]:
                 _hold(copy.matrix, copy.C_cells)
                 copy.tile_state.copy_(original.tile_state)
                 copy.tile_counts.copy_(original.tile_counts)
+                if copy.tile_reads is not None and original.tile_reads is not None:
+                    copy.tile_reads.copy_(original.tile_reads)
 
 
 def average_effective_weights(averaged: AveragedModel) -> AveragedModel:

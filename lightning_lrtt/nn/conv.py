@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -110,21 +111,42 @@ class _LRTTConv(TileModule):
     def samples(self, features: Tensor) -> Tensor:
         return features.flatten(2).transpose(1, 2).reshape(-1, features.shape[1])
 
+    def _output_size(self, x: Tensor) -> list[int]:
+        return [
+            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
+            for size, pad, dilation, kernel, stride in zip(x.shape[2:], self._pads, self.dilation, self.kernel_size, self.stride,
+                                                           strict=True)
+        ]
+
     def _positions(self, x: Tensor) -> int:
-        count = 1
-        for size, pad, dilation, kernel, stride in zip(x.shape[2:], self._pads, self.dilation, self.kernel_size, self.stride,
-                                                       strict=True):
-            count *= (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-        return count
+        return math.prod(self._output_size(x))
+
+    def _geometry(self) -> list[Any]:
+        """Kernel, dilation, padding and stride as F.unfold takes them: in one dimension, of an image one high."""
+        if self.ndim == 1:
+            return [(1, self.kernel_size[0]), (1, self.dilation[0]), (0, self._pads[0]), (1, self.stride[0])]
+        return [self.kernel_size, self.dilation, self._pads, self.stride]
 
     def _unfold(self, x: Tensor) -> Tensor:
         """``[batch * positions, k]``."""
-        if self.ndim == 1:
-            x, geometry = x.unsqueeze(2), [(1, self.kernel_size[0]), (1, self.dilation[0]), (0, self._pads[0]), (1, self.stride[0])]
-        else:
-            geometry = [self.kernel_size, self.dilation, self._pads, self.stride]
-        columns = F.unfold(x, *geometry)
+        columns = F.unfold(x.unsqueeze(2) if self.ndim == 1 else x, *self._geometry())
         return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+
+    def chunks(self, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        positions = self._positions(x)
+        images = max(_CHUNK_ELEMENTS // (positions * self.tile_shape[1]), 1)
+        for first in range(0, x.shape[0], images):
+            piece = x[first : first + images]
+            yield first * positions, piece, self._unfold(piece)
+
+    def unsamples(self, rows: Tensor, x: Tensor) -> Tensor:
+        features = rows.shape[1]
+        return rows.view(x.shape[0], -1, features).transpose(1, 2).reshape(x.shape[0], features, *self._output_size(x))
+
+    def fold(self, rows: Tensor, x: Tensor) -> Tensor:
+        columns = rows.view(x.shape[0], -1, rows.shape[1]).transpose(1, 2)
+        size = x.shape[2:] if self.ndim == 2 else (1, x.shape[2])
+        return F.fold(columns, size, *self._geometry()).view(x.shape)
 
     def patches(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         positions, k = self._positions(x), self.tile_shape[1]

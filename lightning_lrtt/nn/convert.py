@@ -49,6 +49,8 @@ def convert_to_lrtt(module: nn.Module, config: LRTTConfig, include: Sequence[str
         include: Glob patterns of qualified names; only layers that match one are converted. None: all.
         exclude: Glob patterns of qualified names that stay digital.
 
+    Outputs agree before and after, up to rounding, where devices can hold the weights and reads are exact (``io=None``).
+
     Returns:
         ``module``, or the tile that replaces it.
 
@@ -113,7 +115,7 @@ def convert_to_digital(module: nn.Module) -> nn.Module:
     """Replace tiles by plain torch layers with the effective weights ``C + alpha A B``, in place.
 
     Returns:
-        ``module``, or the layer that replaces it. Outputs agree with the tiles' up to rounding.
+        ``module``, or the layer that replaces it. Outputs agree with those of exact reads (``io=None``) up to rounding.
 
     Example:
         >>> type(convert_to_digital(LRTTLinear(4, 4, config=LRTTConfig(rank=1)))).__name__

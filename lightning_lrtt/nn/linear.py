@@ -94,3 +94,12 @@ class LRTTLinear(TileModule):
 
     def patches(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield 0, self.samples(x)
+
+    def chunks(self, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        yield 0, x, self.samples(x)
+
+    def unsamples(self, rows: Tensor, x: Tensor) -> Tensor:
+        return rows.view(*x.shape[:-1], rows.shape[1])
+
+    def fold(self, rows: Tensor, x: Tensor) -> Tensor:
+        return rows.view(x.shape)

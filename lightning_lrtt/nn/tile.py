@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_lrtt import _check
 from lightning_lrtt.config import LRTTConfig
 from lightning_lrtt.nn import identity
+from lightning_lrtt.nn.analog import analog_read
 from lightning_lrtt.nn.function import digital_read, latched_read
 from lightning_lrtt.nn.latch import Latch
 from lightning_lrtt.ops import COUNTS, CYCLE, KEY, STATE_SIZE, A, B, C
@@ -79,6 +80,7 @@ class TileModule(nn.Module):
     bias: nn.Parameter | None
     tile_state: Tensor
     tile_counts: Tensor
+    tile_reads: Tensor | None  # how often converters read the tile, in training and in evaluation
     transposed = False  # whether the digital layer stores its weight as [in, out]
 
     def __init__(self, weight_shape: tuple[int, ...], config: LRTTConfig, bias: bool, device: Any = None,
@@ -111,6 +113,11 @@ class TileModule(nn.Module):
             planes = self._planes(array)
             held = torch.zeros(planes, *shape, device=device) if planes else None
             self.register_buffer(_CELLS[array], held)  # None: nothing is stored
+        reads = None if config.io is None else torch.zeros(2, dtype=torch.int64, device=device)
+        self.register_buffer("tile_reads", reads)
+        self.first_sample = 0  # index of the first sample of a batch in the converters' noise
+        self.io_numbers = () if config.io is None else (
+            config.io.pack(), (config.io_backward or config.io).pack(backward=True))
         self.hyper = config.pack(k)
         self.latch = Latch()
         self._link()
@@ -157,6 +164,8 @@ class TileModule(nn.Module):
         for name in _CELLS:
             if (held := getattr(self, name)) is not None:
                 setattr(self, name, torch.zeros_like(held, device=device))
+        if self.tile_reads is not None:
+            self.tile_reads = torch.zeros(2, dtype=torch.int64, device=device)
         self._link()
         self.write_visible()
         self.reset_factors()
@@ -169,6 +178,8 @@ class TileModule(nn.Module):
         with torch.no_grad():
             self.tile_state.copy_(self._fresh_state())
             self.tile_counts.copy_(_fresh_counts())
+            if self.tile_reads is not None:
+                self.tile_reads.zero_()
             nn.init.kaiming_uniform_(self.weight, a=5**0.5)
             if self.bias is not None:
                 bound = self.tile_shape[1] ** -0.5
@@ -292,10 +303,24 @@ class TileModule(nn.Module):
         """Bounded chunks of the unfolded input: (index of the first sample, ``[n, k]``)."""
         raise NotImplementedError
 
+    def chunks(self, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Bounded pieces of x for analog reads: (index of the first sample, piece of x, its samples ``[n, k]``)."""
+        raise NotImplementedError
+
+    def unsamples(self, rows: Tensor, x: Tensor) -> Tensor:
+        """``[N, features]`` in the shape of the layer's output for x; `samples` undoes it."""
+        raise NotImplementedError
+
+    def fold(self, rows: Tensor, x: Tensor) -> Tensor:
+        """The gradient of x from that of its samples ``[n, k]``."""
+        raise NotImplementedError
+
     def read(self, x: Tensor) -> Tensor:
         """The layer's output for x, in a way that lets a pulsed tile latch its operands."""
         learns = torch.is_grad_enabled() and self.A.requires_grad
-        if learns and (self.config.is_pulsed or self.config.transfer_unit == "samples"):
+        if self.config.io is not None:
+            y = analog_read(self, x)
+        elif learns and (self.config.is_pulsed or self.config.transfer_unit == "samples"):
             y = latched_read(self, x)
         else:
             y = digital_read(self, x)
@@ -342,7 +367,10 @@ class TileModule(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._link()
-        missing_keys[:] = [name for name in missing_keys if name != prefix + "_extra_state"]  # digital or old
+        # Digital or old; converters are no part of what a checkpoint must agree with.
+        optional = (prefix + "_extra_state", prefix + "tile_reads")
+        missing_keys[:] = [name for name in missing_keys if name not in optional]
+        unexpected_keys[:] = [name for name in unexpected_keys if name != prefix + "tile_reads"]
         if digital:  # a digital checkpoint starts fresh factors
             missing_keys[:] = [name for name in missing_keys if name not in own]
             self.write_visible()
@@ -381,9 +409,9 @@ def _fresh_counts() -> Tensor:
 
 
 def _check_dtype(name: str, dtype: torch.dtype, config: LRTTConfig) -> None:
-    pulsed = config.fast_device is not None or config.visible_device is not None
-    allowed = (torch.float32,) if pulsed else (torch.float32, torch.float64)
+    single = config.fast_device is not None or config.visible_device is not None or config.io is not None
+    allowed = (torch.float32,) if single else (torch.float32, torch.float64)
     if dtype not in allowed:
         names = " or ".join(str(t).removeprefix("torch.") for t in allowed)
-        raise TypeError(f"{name}: dtype must be {names} {'on devices' if pulsed else ''}, got {dtype}; for half precision keep "
+        raise TypeError(f"{name}: dtype must be {names} {'on devices and behind converters' if single else ''}, got {dtype}; for half precision keep "
                         "the tile in float32 and use autocast (precision='bf16-mixed')".replace("  ", " "))

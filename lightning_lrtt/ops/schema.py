@@ -10,6 +10,9 @@ Shapes, for a tile with d outputs, k inputs, rank r, and N samples in this step:
 - ``cells``, float32 ``[planes, rows, columns]``: what the cells of an array hold where that is not the weight itself
   (`PLANES`): the persistent weight under write noise, or the two conductances of a pair. A list has one tensor for each
   array whose device needs one, in the order of the arrays (of transfer_: A, B, C of each tile); None: none does
+- ``reads`` int64 ``[2]``: how often the tile was read in training and in evaluation; ``ticket`` int64 ``[]``: the number of
+  one read; ``io`` float64 on the CPU: `IOConfig.pack`; ``per`` float32 ``[2, N]``: scale and noise of each sample;
+  ``pending``, ``clipped`` int32 ``[N]``: samples to read again, samples with an output at its bound
 - ``x`` ``[N, columns]`` and ``d`` ``[N, rows]``: operands of a pulsed update, any strides, any float dtype
 """
 
@@ -33,6 +36,7 @@ _WRITE_NOISE = tuple(kind - LAYOUT["device"].index("kind") + LAYOUT["device"].in
 FIXED_POINT: float = LAYOUT["fixed_point"]  # units per weight unit of the sums in `counts`
 BLOCK_SAMPLES: int = LAYOUT["block_samples"]  # `first_sample` must be a multiple of it
 CELL_NUMBERS: int = LAYOUT["cell_numbers"]  # what `draw_cells` gives of a cell
+IO_SIZE = len(LAYOUT["io"])
 SEGMENT_WORDS: int = LAYOUT["segment_words"]  # see csrc/jobs.h
 BLOCK_SEGMENTS: int = LAYOUT["block_segments"]
 
@@ -73,6 +77,20 @@ library.define(
 library.define(
     "reset_cells_(Tensor(a!) w, Tensor state, Tensor hyper, int array, int first, int last, float share, int number, "
     "Tensor(b!)[]? cells=None) -> ()"
+)
+# The next read's number: ticket = 2 reads[evaluation] + evaluation, reads[evaluation] += 1.
+library.define("io_ticket_(Tensor(a!) reads, bool evaluation) -> Tensor")
+# x [N, k] through the input converter: the operand [N, k] of dtype, in units of the converter's step, and per.
+library.define(
+    "io_input(Tensor x, Tensor ticket, Tensor state, Tensor io, int array, int round, int first_sample, Tensor? pending, "
+    "ScalarType dtype) -> (Tensor, Tensor)"
+)
+# u w^T [N, d] in float32 of the pending samples, zeros or products of the others; w [d, k] is rounded to u's type.
+library.define("io_product(Tensor u, Tensor w, Tensor pending) -> Tensor")
+# y [N, d] <- the products acc [N, d] through the output converter, where pending; returns clipped.
+library.define(
+    "io_output_(Tensor(a!) y, Tensor acc, Tensor per, Tensor ticket, Tensor state, Tensor io, int array, int round, "
+    "int first_sample, Tensor? pending) -> Tensor"
 )
 
 
@@ -139,6 +157,28 @@ def _(w, state, hyper, array, write, cells=None):  # type: ignore[no-untyped-def
 @torch.library.register_fake("lrtt::reset_cells_", lib=library)
 def _(w, state, hyper, array, first, last, share, number, cells=None):  # type: ignore[no-untyped-def]
     return None
+@torch.library.register_fake("lrtt::io_ticket_", lib=library)
+def _(reads, evaluation):  # type: ignore[no-untyped-def]
+    return reads.new_empty(())
+
+
+@torch.library.register_fake("lrtt::io_input", lib=library)
+def _(x, ticket, state, io, array, round, first_sample, pending, dtype):  # type: ignore[no-untyped-def]
+    torch._check(x.dim() == 2, lambda: f"io_input: x must be [N, k], got {list(x.shape)}")
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((2, x.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("lrtt::io_product", lib=library)
+def _(u, w, pending):  # type: ignore[no-untyped-def]
+    torch._check(u.shape[1] == w.shape[1], lambda: f"io_product: u [N, k] and w [d, k] must agree, got {list(u.shape)}, {list(w.shape)}")
+    return w.new_empty((u.shape[0], w.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("lrtt::io_output_", lib=library)
+def _(y, acc, per, ticket, state, io, array, round, first_sample, pending):  # type: ignore[no-untyped-def]
+    torch._check(y.shape == acc.shape and acc.dim() == 2,
+                 lambda: f"io_output_: y and acc must be [N, d], got {list(y.shape)} and {list(acc.shape)}")
+    return acc.new_empty(acc.shape[0], dtype=torch.int32)
 
 
 def _check_tiles(op: str, a_list: list[Tensor], b_list: list[Tensor], c_list: list[Tensor]) -> None:
