@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "bindings_weights.h"
 #include "cpu/kernels.h"
 #ifdef LRTT_WITH_CUDA
 #include "cuda/kernels.h"
@@ -236,6 +237,8 @@ PYBIND11_MODULE(_C, m) {
     cuda::clip(cells_job(job), reinterpret_cast<float*>(w), write, reinterpret_cast<int64_t*>(at_bound), scratch(stream));
   });
 #endif
+
+  bind_weights(m);
 
   // Single numbers of the shared header, for tests and plots.
   m.def("philox", [](uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {

@@ -56,6 +56,9 @@ library.define("relax_(Tensor(a!)[] w, Tensor[] state, Tensor[] hyper, int[] arr
 library.define("draw_cells(Tensor state, Tensor hyper, int array, int rows, int columns) -> Tensor")
 # Clips w to its cells' bounds (if write); returns how many cells stood at or beyond a bound, int64 [].
 library.define("clip_(Tensor(a!) w, Tensor state, Tensor hyper, int array, bool write) -> Tensor")
+# Decodes GGML blocks: blocks uint8 [rows * bytes of a row], out [rows, columns] float32 or bfloat16 with unit stride in a
+# row; row i goes to row rows[i] of out (int64 [rows], each of them once; None: row i).
+library.define("dequantize_(Tensor(a!) out, Tensor blocks, int type, Tensor? rows) -> ()")
 
 
 @torch.library.register_fake("lrtt::pulsed_update_", lib=library)
@@ -110,6 +113,11 @@ def _(state, hyper, array, rows, columns):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("lrtt::clip_", lib=library)
 def _(w, state, hyper, array, write):  # type: ignore[no-untyped-def]
     return state.new_empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("lrtt::dequantize_", lib=library)
+def _(out, blocks, type, rows):  # type: ignore[no-untyped-def]
+    torch._check(out.dim() == 2, lambda: f"dequantize_: out must be [rows, columns], got {list(out.shape)}")
 
 
 def _check_tiles(op: str, a_list: list[Tensor], b_list: list[Tensor], c_list: list[Tensor]) -> None:
