@@ -15,8 +15,10 @@ from typing_extensions import override
 import lightning_lrtt.callbacks
 import lightning_lrtt.devices  # noqa: F401  short names in YAML: SoftBounds
 from lightning_lrtt import LRTT, LRTTStrategy, export  # noqa: F401  short names in YAML
+from lightning_lrtt.weights import inspect
 
-_EPILOG = "Besides: `lrtt export CHECKPOINT --to FILE` makes a digital checkpoint of one with tiles (export --help)."
+_EPILOG = ("Besides: `lrtt export CHECKPOINT --to FILE` makes a digital checkpoint of one with tiles (export --help);"
+           " `lrtt inspect FILE` shows the tensors of a GGUF or safetensors file and where they would go (inspect --help).")
 
 
 class LRTTCLI(LightningCLI):
@@ -43,7 +45,7 @@ class LRTTCLI(LightningCLI):
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the ``lrtt`` command: LightningCLI's subcommands, and ``export``, which needs no Trainer.
+    """Entry point of the ``lrtt`` command: LightningCLI's subcommands, and ``export`` and ``inspect``, which need no Trainer.
 
     Args:
         args: Command line without the program name; None reads ``sys.argv``.
@@ -60,6 +62,8 @@ def main(args: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if args is None else list(args)
     if words[:1] == ["export"]:
         export.main(words[1:])
+    elif words[:1] == ["inspect"]:
+        inspect.main(words[1:])
     else:
         LRTTCLI(args=None if args is None else words, parser_kwargs={"epilog": _EPILOG})
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import MethodType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_lrtt.nn.tile import TileModule, find_tiles
@@ -41,6 +41,7 @@ def effective_weights(averaged: nn.Module, model: nn.Module) -> Iterator[None]:
     shown = [(tile, tile._parameters, tile._buffers) for pair in pairs for tile in pair]
     try:
         for copy, original in pairs:
+            _rescale(copy, None)
             _show(copy, copy.weight)
             _show(original, nn.Parameter(original.effective_weight(), requires_grad=False))
         yield
@@ -53,6 +54,7 @@ def effective_weights(averaged: nn.Module, model: nn.Module) -> Iterator[None]:
                 copy.B.copy_(original.B)
                 copy.tile_state.copy_(original.tile_state)
                 copy.tile_counts.copy_(original.tile_counts)
+                _rescale(copy, original.output_scale)
 
 
 def average_effective_weights(averaged: AveragedModel) -> AveragedModel:
@@ -83,6 +85,16 @@ def average_effective_weights(averaged: AveragedModel) -> AveragedModel:
 def _update_parameters(averaged: AveragedModel, model: nn.Module) -> None:
     with effective_weights(averaged.module, model):
         type(averaged).update_parameters(averaged, model)
+
+
+def _rescale(tile: TileModule, scale: Tensor | None) -> None:
+    """Change the output scale of a tile with A = 0 and leave its effective weight; exact for powers of two."""
+    with torch.no_grad():
+        if tile.output_scale is not None:
+            tile.weight.mul_(tile.output_scale)
+        tile.output_scale = None if scale is None else scale.clone()
+        if scale is not None:
+            tile.weight.div_(scale)
 
 
 def _show(tile: TileModule, weight: nn.Parameter) -> None:

@@ -89,8 +89,9 @@ class CheckpointFile:
         return bytes(data)
 
     def _changed(self, how: str) -> CheckpointChangedError:
-        return CheckpointChangedError(f"{self.path}: the file must stay as it was when it was opened, but it {how}; open it "
-                                      "again")
+        return CheckpointChangedError(
+            f"{self.path}: the file must stay as it was when it was opened, but it {how}; open it again"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _reopen, (self.path, self.identity)

@@ -101,7 +101,9 @@ class _Cursor:
     def need(self, count: int, name: str) -> int:
         """Make ``count`` bytes available; their index in the window."""
         if count > self.left:
-            raise self.error(f"{name} must lie inside the file, but needs {count} bytes where {max(self.left, 0)} are left")
+            raise self.error(
+                f"{name} must lie inside the file, but needs {count} bytes where {max(self.left, 0)} are left"
+            )
         if self.at < self._base or self.at + count > self._base + len(self._window):
             self._window = self.file.read(self.at, min(self.left, max(count, self._next)))
             self._base, self._next = self.at, 1 << 20
@@ -162,8 +164,9 @@ def parse(file: CheckpointFile) -> tuple[Metadata, list[Span]]:
     # The least record: an empty-named tensor of one dimension has 8 + 4 + 8 + 4 + 8 bytes, a metadata entry 8 + 4 + 1.
     for count, least, what, position in ((tensor_count, 32, "tensor", 8), (metadata_count, 13, "metadata", 16)):
         if count > file.size // least:
-            raise cursor.error(f"the {what} count must be at most file size / {least} = {file.size // least}, got {count}",
-                               position)
+            raise cursor.error(
+                f"the {what} count must be at most file size / {least} = {file.size // least}, got {count}", position
+            )
     metadata = _metadata(cursor, metadata_count)
     alignment = _alignment(cursor, metadata)
     return metadata, _tensors(cursor, tensor_count, alignment)
@@ -215,8 +218,11 @@ def _array(cursor: _Cursor) -> tuple[int, int, int, int]:
     count = cursor.take("Q", "the length of the array")
     least = 8 if kind == _STRING else struct.calcsize("<" + _SCALARS[kind])
     if count > cursor.left // least:
-        raise cursor.error(f"the array must lie inside the file, but its {count} elements of at least {least} bytes do not fit "
-                           f"into the {cursor.left} that are left", position)
+        raise cursor.error(
+            f"the array must lie inside the file, but its {count} elements of at least {least} bytes do not fit "
+            f"into the {cursor.left} that are left",
+            position,
+        )
     start = cursor.at
     if kind == _STRING:
         cursor.skip_strings(count)
@@ -248,16 +254,19 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> list[Span]:
         start = data + offset
         if start + nbytes > file.size:
             cursor.what = f"tensor {name!r}"
-            raise cursor.error(f"the data must lie inside the file of {file.size} bytes, but are at {start} to {start + nbytes}",
-                               position)
+            raise cursor.error(
+                f"the data must lie inside the file of {file.size} bytes, but are at {start} to {start + nbytes}",
+                position,
+            )
         spans.append(Span(name, shape, kind, start, nbytes, file))
         ends.append((start, start + nbytes, name, position))
     ends.sort()
     for (_, end, name, _), (start, _, other, position) in zip(ends, ends[1:], strict=False):
         if start < end:
             cursor.what = f"tensor {other!r}"
-            raise cursor.error(f"the data must be the tensor's own, but overlap those of {name!r}, which end at byte {end}",
-                               position)
+            raise cursor.error(
+                f"the data must be the tensor's own, but overlap those of {name!r}, which end at byte {end}", position
+            )
     return spans
 
 
@@ -282,8 +291,11 @@ def _info(cursor: _Cursor, alignment: int) -> tuple[tuple[int, ...], TensorType,
         elements *= dim
     nbytes = elements // kind.block * kind.width
     if nbytes > cursor.file.size:
-        raise cursor.error(f"the data must be smaller than the file of {cursor.file.size} bytes, got {list(dims)} {kind}, which "
-                           f"are {nbytes}", position)
+        raise cursor.error(
+            f"the data must be smaller than the file of {cursor.file.size} bytes, got {list(dims)} {kind}, which "
+            f"are {nbytes}",
+            position,
+        )
     position = cursor.at
     offset = cursor.take("Q", "the offset")
     if offset % alignment:

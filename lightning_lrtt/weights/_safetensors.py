@@ -23,8 +23,10 @@ def parse(file: CheckpointFile) -> tuple[dict[str, Any], list[Span]]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise ImportError("LazyCheckpoint: safetensors must be installed for *.safetensors, but it is not; "
-                          'pip install "lightning-lrtt[weights]"') from None
+        raise ImportError(
+            "LazyCheckpoint: safetensors must be installed for *.safetensors, but it is not; "
+            'pip install "lightning-lrtt[weights]"'
+        ) from None
 
     def error(what: str, position: int, problem: str) -> CheckpointFormatError:
         return CheckpointFormatError(file.path, what, position, problem)
@@ -33,7 +35,9 @@ def parse(file: CheckpointFile) -> tuple[dict[str, Any], list[Span]]:
         raise error("header", 0, f"the file must have at least 8 bytes, got {file.size}")
     length = int.from_bytes(file.read(0, 8), "little")
     if length > min(file.size - 8, _LONGEST_HEADER):
-        raise error("header", 0, f"the header must lie inside the file and have at most {_LONGEST_HEADER} bytes, got {length}")
+        raise error(
+            "header", 0, f"the header must lie inside the file and have at most {_LONGEST_HEADER} bytes, got {length}"
+        )
     try:
         with safe_open(file.path, framework="pt"):  # maps the file, looks at the header and lets go
             pass

@@ -39,17 +39,31 @@ class LazyCheckpoint(Mapping[str, LazyTensor]):
         flight: The `SingleFlight` behind `LazyTensor.load`; ``flight.counts`` says what was loaded and shared.
     """
 
-    def __init__(self, files: list[CheckpointFile], metadata: Mapping[str, Any], spans: list[_gguf.Span], format: str,
-                 verify_values: bool, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        files: list[CheckpointFile],
+        metadata: Mapping[str, Any],
+        spans: list[_gguf.Span],
+        format: str,
+        verify_values: bool,
+        cache_bytes: int,
+    ) -> None:
         self.metadata, self.format, self._files = metadata, format, files
         self.flight: SingleFlight[Tensor] = SingleFlight(cache_bytes)
         self._tensors = {
-            s.name: LazyTensor(s.name, s.shape, s.type, s.nbytes, s.position, s.file, self.flight, verify_values) for s in spans
+            s.name: LazyTensor(s.name, s.shape, s.type, s.nbytes, s.position, s.file, self.flight, verify_values)
+            for s in spans
         }
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, verify: Literal["structure", "values"] = "structure",
-             sha256: str | None = None, cache_bytes: int = 0) -> Self:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        verify: Literal["structure", "values"] = "structure",
+        sha256: str | None = None,
+        cache_bytes: int = 0,
+    ) -> Self:
         """Read the header of a checkpoint; its kind is recognised by its first bytes.
 
         Args:
@@ -71,8 +85,9 @@ class LazyCheckpoint(Mapping[str, LazyTensor]):
         if where.is_dir():
             names = [name for name in (_INDEX, "model.safetensors") if (where / name).is_file()]
             if not names:
-                raise FileNotFoundError(f"LazyCheckpoint: the folder {str(where)!r} must hold {_INDEX} or model.safetensors; "
-                                        "give a file")
+                raise FileNotFoundError(
+                    f"LazyCheckpoint: the folder {str(where)!r} must hold {_INDEX} or model.safetensors; give a file"
+                )
             where = where / names[0]
         files: list[CheckpointFile] = []
         try:
@@ -84,8 +99,14 @@ class LazyCheckpoint(Mapping[str, LazyTensor]):
             for file in files:
                 file.close()
             raise
-        log.debug("opened %s: %s, %d tensors, %d bytes in %.2f ms", where, format, len(spans), sum(s.nbytes for s in spans),
-                  1e3 * (time.perf_counter() - start))
+        log.debug(
+            "opened %s: %s, %d tensors, %d bytes in %.2f ms",
+            where,
+            format,
+            len(spans),
+            sum(s.nbytes for s in spans),
+            1e3 * (time.perf_counter() - start),
+        )
         return cls(files, metadata, spans, format, verify == "values", cache_bytes)
 
     @property
@@ -140,8 +161,13 @@ def _read(files: list[CheckpointFile]) -> tuple[Mapping[str, Any], list[_gguf.Sp
         return found, spans, "safetensors"
     if magic.lstrip()[:1] == b"{":
         return (*_from_index(files), "safetensors")
-    raise CheckpointFormatError(first.path, "header", 0, "the file must be GGUF (b'GGUF'), safetensors (a length and '{') or an "
-                                f"index of safetensors ('{{'), got {magic!r}")
+    raise CheckpointFormatError(
+        first.path,
+        "header",
+        0,
+        "the file must be GGUF (b'GGUF'), safetensors (a length and '{') or an "
+        f"index of safetensors ('{{'), got {magic!r}",
+    )
 
 
 def _with_splits(files: list[CheckpointFile], metadata: Mapping[str, Any], spans: list[_gguf.Span]) -> list[_gguf.Span]:
@@ -154,7 +180,9 @@ def _with_splits(files: list[CheckpointFile], metadata: Mapping[str, Any], spans
 
     match = _SPLIT.fullmatch(os.path.basename(first.path))
     if match is None or int(match[3]) != count or int(match[2]) != 1:
-        raise error(f"a checkpoint split into {count} must be opened at its first file, named NAME-00001-of-{count:05d}.gguf")
+        raise error(
+            f"a checkpoint split into {count} must be opened at its first file, named NAME-00001-of-{count:05d}.gguf"
+        )
     for i in range(2, count + 1):
         path = os.path.join(os.path.dirname(first.path), f"{match[1]}-{i:05d}-of-{count:05d}.gguf")
         if not os.path.isfile(path):
@@ -162,8 +190,12 @@ def _with_splits(files: list[CheckpointFile], metadata: Mapping[str, Any], spans
         files.append(CheckpointFile(path))
         other, more = _gguf.parse(files[-1])
         if other.get("split.no") != i - 1 or other.get("split.count") != count:
-            raise CheckpointFormatError(path, "metadata 'split.no'", 0, f"the part must be {i - 1} of {count}, got "
-                                        f"{other.get('split.no')} of {other.get('split.count')}")
+            raise CheckpointFormatError(
+                path,
+                "metadata 'split.no'",
+                0,
+                f"the part must be {i - 1} of {count}, got {other.get('split.no')} of {other.get('split.count')}",
+            )
         spans = spans + more
     expected = metadata.get("split.tensors.count", len(spans))
     if expected != len(spans):
@@ -197,7 +229,9 @@ def _from_index(files: list[CheckpointFile]) -> tuple[Mapping[str, Any], list[_g
     _unique(spans)
     missing = sorted(set(places) - {s.name for s in spans})
     if missing:
-        raise error(f"tensor {missing[0]!r}", "tensors of the index must be in their files, but are not: " + ", ".join(missing))
+        raise error(
+            f"tensor {missing[0]!r}", "tensors of the index must be in their files, but are not: " + ", ".join(missing)
+        )
     return content.get("metadata", {}), spans
 
 
@@ -205,8 +239,12 @@ def _unique(spans: list[_gguf.Span]) -> None:
     seen: set[str] = set()
     for span in spans:
         if span.name in seen:
-            raise CheckpointFormatError(span.file.path, f"tensor {span.name!r}", span.position, "the name must be unique among "
-                                        "all files of the checkpoint")
+            raise CheckpointFormatError(
+                span.file.path,
+                f"tensor {span.name!r}",
+                span.position,
+                "the name must be unique among all files of the checkpoint",
+            )
         seen.add(span.name)
 
 
@@ -219,7 +257,7 @@ def _compare_digest(files: list[CheckpointFile], expected: str) -> None:
         digest.update(piece)
         at += len(piece)
     if digest.hexdigest() != expected.lower():
-        raise ValueError(f"LazyCheckpoint: sha256 must be that of {file.path}, {digest.hexdigest()}, got {expected}; the file "
-                         "is not the one that was meant")
-
-
+        raise ValueError(
+            f"LazyCheckpoint: sha256 must be that of {file.path}, {digest.hexdigest()}, got {expected}; the file "
+            "is not the one that was meant"
+        )

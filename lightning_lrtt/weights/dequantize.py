@@ -11,7 +11,9 @@ from torch import Tensor
 from lightning_lrtt.weights._types import TensorType, can_decode, gguf_library, type_of
 
 
-def dequantize_into(out: Tensor, blocks: Tensor | Any, type: TensorType | str | int, rows: Tensor | None = None) -> Tensor:
+def dequantize_into(
+    out: Tensor, blocks: Tensor | Any, type: TensorType | str | int, rows: Tensor | None = None
+) -> Tensor:
     """Decode GGML blocks into ``out``, without a copy of the decoded values where ``out`` is float32 or bfloat16.
 
     The values are those of ``gguf.quants`` to the bit, in bfloat16 rounded to nearest. F32, F16, BF16, Q4_0, Q4_1, Q5_0,
@@ -43,11 +45,14 @@ def dequantize_into(out: Tensor, blocks: Tensor | Any, type: TensorType | str | 
     matrix = out if out.dim() == 2 else out.view(1, -1) if rows is None else out.view(out.shape[0], -1)
     count = matrix.shape[0] if rows is None else rows.numel()
     if matrix.shape[1] % kind.block or blocks.numel() != count * (matrix.shape[1] // kind.block) * kind.width:
-        raise ValueError(f"dequantize_into: blocks must be the {kind} blocks of {count} rows of {matrix.shape[1]}, got "
-                         f"{blocks.numel()} bytes")
+        raise ValueError(
+            f"dequantize_into: blocks must be the {kind} blocks of {count} rows of {matrix.shape[1]}, got "
+            f"{blocks.numel()} bytes"
+        )
     if not can_decode(kind):
-        raise ValueError(f"dequantize_into: type must be one that can be decoded, got {kind}, for which gguf.quants has no "
-                         "decoder")
+        raise ValueError(
+            f"dequantize_into: type must be one that can be decoded, got {kind}, for which gguf.quants has no decoder"
+        )
     if rows is not None:
         rows = rows.to(out.device)
     if kind.compiled and matrix.dtype in (torch.float32, torch.bfloat16) and matrix.stride(1) == 1:

@@ -61,11 +61,17 @@ class LazyTensor:
         first, last, _ = rows.indices(self.shape[0])
         each = self.numel() // self.shape[0]
         if last <= first or first * each % self.type.block or last * each % self.type.block:
-            raise ValueError(f"LazyTensor: rows of {self.name!r} {list(self.shape)} must be a range that begins and ends with a "
-                             f"block of {self.type.block}, got {first}:{last}")
+            raise ValueError(
+                f"LazyTensor: rows of {self.name!r} {list(self.shape)} must be a range that begins and ends with a "
+                f"block of {self.type.block}, got {first}:{last}"
+            )
         width = each * self.type.width / self.type.block
-        return replace(self, shape=(last - first, *self.shape[1:]), nbytes=int((last - first) * width),
-                       position=self.position + int(first * width))
+        return replace(
+            self,
+            shape=(last - first, *self.shape[1:]),
+            nbytes=int((last - first) * width),
+            position=self.position + int(first * width),
+        )
 
     # -------------------------------------------------------------- reading
 
@@ -85,7 +91,9 @@ class LazyTensor:
             CheckpointFormatError: With ``verify="values"``, if a scale is not finite; then ``out`` is untouched.
         """
         if tuple(out.shape) != self.shape:
-            raise ValueError(f"LazyTensor: out must have the shape {list(self.shape)} of {self.name!r}, got {list(out.shape)}")
+            raise ValueError(
+                f"LazyTensor: out must have the shape {list(self.shape)} of {self.name!r}, got {list(out.shape)}"
+            )
         if not can_decode(self.type):
             raise ValueError(f"LazyTensor: {self.name!r} must have a type that can be decoded, got {self.type}")
         start = time.perf_counter()
@@ -93,8 +101,16 @@ class LazyTensor:
             self.verify_values()
         with torch.no_grad():
             self._fill(out.detach(), rows)
-        log.debug("loaded %s %s %s: %d bytes in %.2f ms to %s %s", self.name, list(self.shape), self.type, self.nbytes,
-                  1e3 * (time.perf_counter() - start), out.device, str(out.dtype).removeprefix("torch."))
+        log.debug(
+            "loaded %s %s %s: %d bytes in %.2f ms to %s %s",
+            self.name,
+            list(self.shape),
+            self.type,
+            self.nbytes,
+            1e3 * (time.perf_counter() - start),
+            out.device,
+            str(out.dtype).removeprefix("torch."),
+        )
         return out
 
     def load(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
@@ -133,8 +149,12 @@ class LazyTensor:
                 bad |= ~torch.isfinite(dequantize_into(values, raw, self.type)).all(1).numpy()
             if bad.any():
                 position = self.position + (first + int(bad.argmax())) * unit
-                raise CheckpointFormatError(self._file.path, f"tensor {self.name!r}", position,
-                                            f"the scale of a {self.type} block must be finite, but is not")
+                raise CheckpointFormatError(
+                    self._file.path,
+                    f"tensor {self.name!r}",
+                    position,
+                    f"the scale of a {self.type} block must be finite, but is not",
+                )
 
     def _pieces(self, unit: int) -> Iterator[tuple[int, Tensor]]:
         """(index of the first unit, raw bytes) of pieces of whole units, in one buffer that is used again."""
@@ -159,8 +179,10 @@ class LazyTensor:
         size = self.type.block if direct else columns
         matrix = out.view(-1, size) if direct else out.reshape(-1, columns) if out.dim() != 2 else out
         if not direct and out.dim() != 2 and matrix.data_ptr() != out.data_ptr():
-            raise ValueError(f"LazyTensor: out of {self.name!r} must be contiguous where it has other than two dimensions, got "
-                             f"strides {out.stride()}")
+            raise ValueError(
+                f"LazyTensor: out of {self.name!r} must be contiguous where it has other than two dimensions, got "
+                f"strides {out.stride()}"
+            )
         pieces = _uploads(self._pieces(unit), out.device) if out.is_cuda else self._pieces(unit)
         for first, raw in pieces:
             count = raw.numel() // unit
