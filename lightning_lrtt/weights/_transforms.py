@@ -12,6 +12,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from lightning_lrtt.weights.checkpoint import LazyCheckpoint
+    from lightning_lrtt.weights.tensor import LazyTensor
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,15 @@ class Transform:
     transpose: bool = False
     shift: float = 0.0
 
-    def rows(self, count: int) -> Tensor | None:
+    def rows(self, source: LazyTensor) -> Tensor | None:
         """Where each stored row goes: stored row (h, i, half) is row (h, half, i)."""
         if not self.heads:
             return None
+        count = source.shape[0]
         if count % (2 * self.heads):
             raise ValueError(
-                f"load_pretrained: rows must be whole pairs of {self.heads} heads, got {count}; check the head "
-                "counts in the file's metadata, or give transforms={}"
+                f"load_pretrained: rows of {source.name!r} must be whole pairs of {self.heads} heads, got {count}; check the "
+                "head counts in the file's metadata, or give transforms={}"
             )
         return torch.arange(count).view(self.heads, 2, -1).transpose(1, 2).reshape(-1)
 

@@ -137,6 +137,12 @@ def type_of(kind: TensorType | str | int) -> TensorType:
     return found
 
 
+def ggml_values(raw: Any, kind: TensorType) -> Any:
+    """What ``gguf.quants`` makes of raw bytes ``[rows, bytes]``."""
+    gguf = gguf_library()
+    return gguf.dequantize(raw, gguf.GGMLQuantizationType(kind.ggml))
+
+
 @functools.cache
 def can_decode(kind: TensorType) -> bool:
     """Whether the core, torch or ``gguf.quants`` turns it into numbers."""
@@ -145,7 +151,7 @@ def can_decode(kind: TensorType) -> bool:
     import numpy as np
 
     try:
-        gguf_library().dequantize(np.zeros((1, kind.width), np.uint8), kind.ggml)
+        ggml_values(np.zeros((1, kind.width), np.uint8), kind)
     except NotImplementedError:
         return False
     return True

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_lrtt.weights._types import TensorType, can_decode, gguf_library, type_of
+from lightning_lrtt.weights._types import TensorType, can_decode, ggml_values, type_of
 
 
 def dequantize_into(
@@ -41,7 +41,8 @@ def dequantize_into(
     """
     kind = type_of(type)
     if not isinstance(blocks, Tensor):
-        blocks = torch.from_numpy(np.frombuffer(blocks, np.uint8))
+        view = np.frombuffer(blocks, np.uint8)
+        blocks = torch.from_numpy(view if view.flags.writeable else view.copy())
     matrix = out if out.dim() == 2 else out.view(1, -1) if rows is None else out.view(out.shape[0], -1)
     count = matrix.shape[0] if rows is None else rows.numel()
     if matrix.shape[1] % kind.block or blocks.numel() != count * (matrix.shape[1] // kind.block) * kind.width:
@@ -78,5 +79,5 @@ def _values(kind: TensorType, blocks: Tensor, count: int, columns: int, device: 
         return values
     if kind.plain is not None:
         return blocks.contiguous().view(kind.plain).view(count, columns)
-    decoded = gguf_library().dequantize(blocks.cpu().numpy().reshape(count, -1), kind.ggml)
+    decoded = ggml_values(blocks.cpu().numpy().reshape(count, -1), kind)
     return torch.from_numpy(np.ascontiguousarray(decoded, dtype=np.float32))

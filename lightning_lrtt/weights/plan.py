@@ -76,7 +76,7 @@ class LoadPlan:
         """Decode one tensor into its parameter; a tile starts over from it."""
         start = time.perf_counter()
         out = entry.destination()
-        rows = entry.transform.rows(entry.source.shape[0])
+        rows = entry.transform.rows(entry.source)
         flight = self.checkpoint.flight
         if rows is None and flight.budget and sum(e.source.name == entry.source.name for e in self.entries) > 1:
             out.copy_(entry.source.load(out.device))
