@@ -187,7 +187,7 @@ def make_plan(
                     f"load_pretrained: {name!r} must get the whole of {source.name!r}, whose rows are permuted, got a "
                     "slice; load it whole, or give transforms={}"
                 )
-            transform.rows(shape[0])
+            transform.rows(source)
             entries.append(entry)
     missing = [name for name, (_, _, _, is_buffer) in places.items() if name not in found and not is_buffer]
     used = {source.name for source in found.values()}
