@@ -158,7 +158,12 @@ class LRTTStrategy(SingleDeviceStrategy):
         if self.pretrained is not None:
             self.pretrained.stop()
         self._restore_averaging()
+        module = self.lightning_module
+        if module is not None and any(p.is_meta for p in module.parameters()):
+            # A setup that failed before they had memory: moving them would raise, in place of the error that says why.
+            self._lightning_module = None
         super().teardown()
+        self._lightning_module = module
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:

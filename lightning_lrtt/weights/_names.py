@@ -133,12 +133,13 @@ def suggest(checkpoint: LazyCheckpoint) -> dict[str, str]:
     table = _architecture_map(checkpoint)
     if table is None:
         return {}
+    ours = ("model.layers.", "model.embed_tokens", "model.norm", "lm_head")  # the table has every family's names
     found: dict[str, str] = {}
     for name, (_, stem) in table.mapping.items():
         for suffix in _SUFFIXES:
-            if stem + suffix in checkpoint and (
-                name.startswith(("model.layers.", "model.embed_tokens", "model.norm", "lm_head"))
-                or stem + suffix not in found
+            source = stem + suffix
+            if source in checkpoint and (
+                source not in found or (name.startswith(ours) and not found[source].startswith(ours))
             ):
-                found[stem + suffix] = name + suffix
+                found[source] = name + suffix
     return found
