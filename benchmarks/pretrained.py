@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def decode(args: argparse.Namespace, folder: Path) -> list[Row]:
         blocks, out = torch.from_numpy(raw).reshape(-1), torch.zeros(4096, 4096)
         expected = torch.from_numpy(np.array(gguf.dequantize(raw, kind), dtype=np.float32)).view(4096, 4096)
         same = torch.equal(dequantize_into(out, blocks, kind).view(torch.int32), expected.view(torch.int32))
-        pairs = [(seconds(lambda: gguf.dequantize(raw, kind)), seconds(lambda: dequantize_into(out, blocks, kind)))
-                 for _ in range(args.rounds)]
+        theirs_once, ours_once = partial(gguf.dequantize, raw, kind), partial(dequantize_into, out, blocks, kind)
+        pairs = [(seconds(theirs_once), seconds(ours_once)) for _ in range(args.rounds)]
         theirs, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         wanted = kind in (Kind.Q8_0, Kind.Q4_0, Kind.Q4_K, Kind.Q6_K)
@@ -104,7 +105,7 @@ def opening(args: argparse.Namespace, folder: Path) -> list[Row]:
 
 
 MEMORY = '''
-import resource, sys, time
+import sys, time
 import torch
 from torch import nn
 from lightning_lrtt import LRTTConfig, convert_to_lrtt
@@ -114,13 +115,15 @@ with torch.device("meta"):
     module = nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(32)))  # 2 GiB in float32
 convert_to_lrtt(module, LRTTConfig(rank=1))
 import gguf  # the library's own memory is not the load's
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def size(name):  # MiB; not getrusage, whose peak a child inherits from its parent
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
+before = size("VmRSS")
 start = time.perf_counter()
 report = load_pretrained(module, sys.argv[1], transforms={})
 spent = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = size("VmHWM")
 assert len(report.loaded) == 32
-print((peak - before) / 1024, spent)
+print(peak - before, spent)
 '''
 
 

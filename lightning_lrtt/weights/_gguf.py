@@ -6,6 +6,8 @@ first, type, offset); padding to ``general.alignment``; data. Source: the GGUF s
 
 from __future__ import annotations
 
+import functools
+import itertools
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +26,11 @@ _MAX_DIMS = 4
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _SHORT = 4096  # longer strings are read when they are asked for
+
+
+@functools.cache
+def _struct(code: str) -> struct.Struct:
+    return struct.Struct("<" + code)
 
 
 @dataclass(frozen=True)
@@ -110,11 +117,13 @@ class _Cursor:
         return self.at - self._base
 
     def take(self, code: str, name: str) -> Any:
-        size = struct.calcsize("<" + code)
-        index = self.need(size, name)
-        (value,) = struct.unpack_from("<" + code, self._window, index)
-        self.at += size
-        return value
+        return self.take_all(_struct(code), name)[0]
+
+    def take_all(self, form: struct.Struct, name: str) -> tuple[Any, ...]:
+        index = self.need(form.size, name)
+        values = form.unpack_from(self._window, index)
+        self.at += form.size
+        return values
 
     def name(self, what: str) -> str:
         start = self.at
@@ -261,7 +270,7 @@ def _tensors(cursor: _Cursor, count: int, alignment: int) -> list[Span]:
         spans.append(Span(name, shape, kind, start, nbytes, file))
         ends.append((start, start + nbytes, name, position))
     ends.sort()
-    for (_, end, name, _), (start, _, other, position) in zip(ends, ends[1:], strict=False):
+    for (_, end, name, _), (start, _, other, position) in itertools.pairwise(ends):
         if start < end:
             cursor.what = f"tensor {other!r}"
             raise cursor.error(
@@ -276,11 +285,10 @@ def _info(cursor: _Cursor, alignment: int) -> tuple[tuple[int, ...], TensorType,
     if not 1 <= n_dims <= _MAX_DIMS:
         raise cursor.error(f"the number of dimensions must be 1 to {_MAX_DIMS}, got {n_dims}", position)
     position = cursor.at
-    dims = tuple(cursor.take("Q", "a dimension") for _ in range(n_dims))
+    *dims, number, offset = cursor.take_all(_struct(f"{n_dims}QIQ"), "dimensions, type and offset")
+    type_position, offset_position = cursor.at - 12, cursor.at - 8
     if 0 in dims:
         raise cursor.error(f"dimensions must be > 0, got {dims}", position)
-    type_position = cursor.at
-    number = cursor.take("I", "the type")
     kind = ggml_type(number)
     if kind is None:
         raise cursor.error(f"the type must be one that the gguf library knows, got {number}", type_position)
@@ -292,12 +300,10 @@ def _info(cursor: _Cursor, alignment: int) -> tuple[tuple[int, ...], TensorType,
     nbytes = elements // kind.block * kind.width
     if nbytes > cursor.file.size:
         raise cursor.error(
-            f"the data must be smaller than the file of {cursor.file.size} bytes, got {list(dims)} {kind}, which "
+            f"the data must be smaller than the file of {cursor.file.size} bytes, got {dims} {kind}, which "
             f"are {nbytes}",
             position,
         )
-    position = cursor.at
-    offset = cursor.take("Q", "the offset")
     if offset % alignment:
-        raise cursor.error(f"the offset must be a multiple of the alignment {alignment}, got {offset}", position)
-    return dims[::-1], kind, nbytes, offset, position
+        raise cursor.error(f"the offset must be a multiple of the alignment {alignment}, got {offset}", offset_position)
+    return tuple(dims[::-1]), kind, nbytes, offset, offset_position
