@@ -4,11 +4,12 @@
 
 Three measured bounds and two measured works, medians of rounds by turns, all in one process:
 
-- memory: bytes a second of a device copy (read and written bytes both count); decode: blocks that are on the device, its
+- memory: bytes a second of a device copy (read and written bytes both count); decode: blocks that are on the device,
+its
   bytes being the blocks read and the values written. `of memory` = decode's bytes a second / memory's.
 - upload: bytes a second of a pinned host-to-device copy of the same blocks; both: upload of the blocks in pieces, each
-  decoded while the next is on its way. `of the bound` = the time of upload and decode at these speeds (the longer of the
-  two, since they overlap) / the time of both. The target for Q4_0 is 60% of each.
+  decoded while the next is on its way. `of the bound` = the time of upload and decode at these speeds (the longer of
+  the two, since they overlap) / the time of both. The target for Q4_0 is 60% of each.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ def measure(kind: Kind, size: int, rounds: int) -> dict[str, float]:
     dequantize_into(out, blocks.view(-1), kind)
     expected = torch.from_numpy(np.array(gguf.dequantize(raw[:64], kind), dtype=np.float32)).view(64, size).bfloat16()
     assert torch.equal(out[:64].cpu().view(torch.int16), expected.view(torch.int16)), "bits differ from gguf.quants"
-    source, target = torch.empty(1 << 30, dtype=torch.uint8, device="cuda"), torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    source, target = (
+        torch.empty(1 << 30, dtype=torch.uint8, device="cuda"),
+        torch.empty(1 << 30, dtype=torch.uint8, device="cuda"),
+    )
     staging = torch.empty_like(blocks)
     rows = max(1, PIECE // row_bytes)
     copying = torch.cuda.Stream()
@@ -86,9 +90,15 @@ def measure(kind: Kind, size: int, rounds: int) -> dict[str, float]:
     traffic = blocks.numel() + out.numel() * 2
     memory, upload = 2 * source.numel() / middle["memory"], blocks.numel() / middle["upload"]
     bound = max(middle["upload"], traffic / memory)
-    return {"memory_GBs": memory / 1e9, "upload_GBs": upload / 1e9, "decode_ms": middle["decode"] * 1e3,
-            "decode_GBs": traffic / middle["decode"] / 1e9, "of_memory": traffic / middle["decode"] / memory,
-            "both_ms": middle["both"] * 1e3, "of_bound": bound / middle["both"]}
+    return {
+        "memory_GBs": memory / 1e9,
+        "upload_GBs": upload / 1e9,
+        "decode_ms": middle["decode"] * 1e3,
+        "decode_GBs": traffic / middle["decode"] / 1e9,
+        "of_memory": traffic / middle["decode"] / memory,
+        "both_ms": middle["both"] * 1e3,
+        "of_bound": bound / middle["both"],
+    }
 
 
 def main() -> int:
@@ -102,13 +112,18 @@ def main() -> int:
     if not torch.cuda.is_available() or not build_info()["with_cuda"]:
         sys.exit("gpu_decode: needs a CUDA device and a build with CUDA kernels")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.size}x{args.size} to bfloat16\n")
-    print("| type | memory, GB/s | decode, ms | GB/s | of memory | upload, GB/s | upload and decode, ms | of the bound |")
+    print(
+        "| type | memory, GB/s | decode, ms | GB/s | of memory | upload, GB/s | upload and decode, ms | of the bound |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     found = {}
     for name in args.types:
         r = found[name] = measure(Kind[name], args.size, args.rounds)
-        print(f"| {name} | {r['memory_GBs']:.0f} | {r['decode_ms']:.3f} | {r['decode_GBs']:.0f} | {r['of_memory']:.0%} | "
-              f"{r['upload_GBs']:.1f} | {r['both_ms']:.2f} | {r['of_bound']:.0%} |", flush=True)
+        print(
+            f"| {name} | {r['memory_GBs']:.0f} | {r['decode_ms']:.3f} | {r['decode_GBs']:.0f} | {r['of_memory']:.0%} | "
+            f"{r['upload_GBs']:.1f} | {r['both_ms']:.2f} | {r['of_bound']:.0%} |",
+            flush=True,
+        )
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1))
     reached = "Q4_0" not in found or min(found["Q4_0"]["of_memory"], found["Q4_0"]["of_bound"]) >= 0.6

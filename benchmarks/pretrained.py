@@ -36,7 +36,9 @@ Row = tuple[str, str, str, bool]  # what, measured, target, reached
 REGISTRY: dict[str, Callable[[argparse.Namespace, Path], list[Row]]] = {}
 
 
-def benchmark(function: Callable[[argparse.Namespace, Path], list[Row]]) -> Callable[[argparse.Namespace, Path], list[Row]]:
+def benchmark(
+    function: Callable[[argparse.Namespace, Path], list[Row]],
+) -> Callable[[argparse.Namespace, Path], list[Row]]:
     """Add to the registry by name."""
     REGISTRY[function.__name__] = function
     return function
@@ -64,8 +66,15 @@ def decode(args: argparse.Namespace, folder: Path) -> list[Row]:
         theirs, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = statistics.median(a / b for a, b in pairs)
         wanted = kind in (Kind.Q8_0, Kind.Q4_0, Kind.Q4_K, Kind.Q6_K)
-        rows.append((f"{kind.name} to float32", f"{ours * 1e3:.2f} ms, gguf.quants {theirs * 1e3:.1f} ms: {ratio:.1f}x, "
-                     f"bits {'equal' if same else 'DIFFER'}", ">= 10x, equal" if wanted else "equal", same and (ratio >= 10 or not wanted)))
+        rows.append(
+            (
+                f"{kind.name} to float32",
+                f"{ours * 1e3:.2f} ms, gguf.quants {theirs * 1e3:.1f} ms: {ratio:.1f}x, "
+                f"bits {'equal' if same else 'DIFFER'}",
+                ">= 10x, equal" if wanted else "equal",
+                same and (ratio >= 10 or not wanted),
+            )
+        )
     return rows
 
 
@@ -100,11 +109,18 @@ def opening(args: argparse.Namespace, folder: Path) -> list[Row]:
     weights = finish(writer, folder / "weights.gguf")
     plain = statistics.median(seconds(lambda: LazyCheckpoint.open(weights)) for _ in range(args.rounds))
     library = statistics.median(seconds(lambda: gguf.GGUFReader(weights)) for _ in range(3))
-    return [("open, 128k tokens and 280k merges", f"{ours * 1e3:.2f} ms, GGUFReader {theirs:.2f} s", "< 100 ms", ours < 0.1),
-            ("open, 291 tensors", f"{plain * 1e3:.2f} ms, GGUFReader {library * 1e3:.1f} ms", "< 2 ms", plain < 0.002)]
+    return [
+        (
+            "open, 128k tokens and 280k merges",
+            f"{ours * 1e3:.2f} ms, GGUFReader {theirs:.2f} s",
+            "< 100 ms",
+            ours < 0.1,
+        ),
+        ("open, 291 tensors", f"{plain * 1e3:.2f} ms, GGUFReader {library * 1e3:.1f} ms", "< 2 ms", plain < 0.002),
+    ]
 
 
-MEMORY = '''
+MEMORY = """
 import sys, time
 import torch
 from torch import nn
@@ -124,7 +140,7 @@ spent = time.perf_counter() - start
 peak = size("VmHWM")
 assert len(report.loaded) == 32
 print(peak - before, spent)
-'''
+"""
 
 
 @benchmark
@@ -137,7 +153,9 @@ def memory(args: argparse.Namespace, folder: Path) -> list[Row]:
     path = finish(writer, folder / "large.gguf")
     done = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True)
     peak, spent = map(float, done.stdout.split())
-    return [("2 GiB of C from Q4_0, above the baseline", f"{peak:.0f} MiB in {spent:.1f} s", "<= 2112 MiB", peak <= 2112)]
+    return [
+        ("2 GiB of C from Q4_0, above the baseline", f"{peak:.0f} MiB in {spent:.1f} s", "<= 2112 MiB", peak <= 2112)
+    ]
 
 
 @benchmark
@@ -160,7 +178,9 @@ def flight(args: argparse.Namespace, folder: Path) -> list[Row]:
     for thread in threads:
         thread.join()
     loads = checkpoint.flight.counts["loads"]
-    return [("8 threads x 12 tensors", f"{loads} loads, {len(held)} answers", "exactly 12", loads == 12 and len(held) == 96)]
+    return [
+        ("8 threads x 12 tensors", f"{loads} loads, {len(held)} answers", "exactly 12", loads == 12 and len(held) == 96)
+    ]
 
 
 @benchmark
@@ -169,9 +189,13 @@ def refusal(args: argparse.Namespace, folder: Path) -> list[Row]:
     path, worst = folder / "bad.gguf", 0.0
     head = b"GGUF" + struct.pack("<I", 3)
     key = struct.pack("<Q", 1) + b"k"
-    bad = [head + struct.pack("<QQ", 0, 1) + key + struct.pack("<IIQ", 9, 8, 2**40) + bytes(60),
-           head + struct.pack("<QQ", 2**60, 0), head + struct.pack("<QQ", 0, 2**60), head[:7],
-           vocabulary_file(path).read_bytes()[:-80]]
+    bad = [
+        head + struct.pack("<QQ", 0, 1) + key + struct.pack("<IIQ", 9, 8, 2**40) + bytes(60),
+        head + struct.pack("<QQ", 2**60, 0),
+        head + struct.pack("<QQ", 0, 2**60),
+        head[:7],
+        vocabulary_file(path).read_bytes()[:-80],
+    ]
     for data in bad:
         path.write_bytes(data)
 
@@ -210,7 +234,14 @@ def first_step(args: argparse.Namespace, folder: Path) -> list[Row]:
 
     lazy = statistics.median(seconds(lazily) for _ in range(args.rounds))
     everything = statistics.median(seconds(lambda: load_pretrained(fresh(), path, transforms={})) for _ in range(3))
-    return [("first layer of 16 (256 MiB) usable", f"lazy {lazy * 1e3:.1f} ms, everything {everything * 1e3:.0f} ms", "-", True)]
+    return [
+        (
+            "first layer of 16 (256 MiB) usable",
+            f"lazy {lazy * 1e3:.1f} ms, everything {everything * 1e3:.0f} ms",
+            "-",
+            True,
+        )
+    ]
 
 
 def main() -> int:
@@ -219,7 +250,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=list(REGISTRY), default=list(REGISTRY))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--folder", type=Path, default=None, help="for the files; default: the system's temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="for the files; default: the system's temporary folder"
+    )
     parser.add_argument("--json", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -232,8 +265,11 @@ def main() -> int:
                 found.append(row)
                 print(f"| {row[0]} | {row[1]} | {row[2]} | {'yes' if row[3] else 'NO'} |", flush=True)
     if args.json is not None:
-        args.json.write_text(json.dumps([dict(zip(("what", "measured", "target", "reached"), row, strict=True)) for row in found],
-                                        indent=1))
+        args.json.write_text(
+            json.dumps(
+                [dict(zip(("what", "measured", "target", "reached"), row, strict=True)) for row in found], indent=1
+            )
+        )
     return 0 if all(row[3] for row in found) else 1
 
 

@@ -23,8 +23,8 @@ class PretrainedInit(Callback):
 
     The strategy of this package does it in its setup, on the root device, before optimizers exist; its argument
     ``pretrained`` is the same. Under Lightning's own single-device and DDP strategies it happens at the start of the
-    stage, on every process for itself; there the parameters must have memory (not be on meta). A run that goes on from a
-    checkpoint (``ckpt_path``) is left as it is. Afterwards `report` says what was loaded.
+    stage, on every process for itself; there the parameters must have memory (not be on meta). A run that goes on from
+    a checkpoint (``ckpt_path``) is left as it is. Afterwards `report` says what was loaded.
 
     Args:
         path: A GGUF or safetensors checkpoint.
@@ -78,12 +78,14 @@ class PretrainedInit(Callback):
         if isinstance(strategy, LRTTStrategy):
             if strategy.pretrained not in (None, self.pretrained):
                 raise MisconfigurationException(
-                    "PretrainedInit: the strategy must have no `pretrained` beside this callback, got both; leave one out"
+                    "PretrainedInit: the strategy must have no `pretrained` beside this callback, got both; leave "
+                    "one out"
                 )
             strategy.pretrained = self.pretrained
         elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
-                f"PretrainedInit: the strategy must leave parameters whole, got {type(strategy).__name__}; use lrtt, a single "
+                f"PretrainedInit: the strategy must leave parameters whole, got {type(strategy).__name__}; use "
+                f"lrtt, a single "
                 "device or ddp"
             )
         elif any(parameter.is_meta for parameter in pl_module.parameters()):

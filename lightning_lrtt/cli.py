@@ -18,7 +18,8 @@ from lightning_lrtt import LRTT, LRTTStrategy, export  # noqa: F401  short names
 from lightning_lrtt.weights import inspect
 
 _EPILOG = ("Besides: `lrtt export CHECKPOINT --to FILE` makes a digital checkpoint of one with tiles (export --help);"
-           " `lrtt inspect FILE` shows the tensors of a GGUF or safetensors file and where they would go (inspect --help).")
+           " `lrtt inspect FILE` shows the tensors of a GGUF or safetensors file and where they would go (inspect "
+           "--help).")
 
 
 class LRTTCLI(LightningCLI):
@@ -45,7 +46,8 @@ class LRTTCLI(LightningCLI):
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the ``lrtt`` command: LightningCLI's subcommands, and ``export`` and ``inspect``, which need no Trainer.
+    """Entry point of the ``lrtt`` command: LightningCLI's subcommands, and ``export`` and ``inspect``, which need no
+    Trainer.
 
     Args:
         args: Command line without the program name; None reads ``sys.argv``.

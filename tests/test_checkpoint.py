@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -38,8 +39,13 @@ def values(*shape: int, seed: int = 0) -> np.ndarray:
 @pytest.fixture
 def many(tmp_path: Path) -> Path:
     """A file with one ``[6, 512]`` tensor of each of `MANY`."""
-    return write_gguf(tmp_path / "many.gguf", {kind.name: (values(6, 512), kind) for kind in MANY}, answer=42,
-                      words=["one", "two", ""], long="x" * 5000)
+    return write_gguf(
+        tmp_path / "many.gguf",
+        {kind.name: (values(6, 512), kind) for kind in MANY},
+        answer=42,
+        words=["one", "two", ""],
+        long="x" * 5000,
+    )
 
 
 # ------------------------------------------------------------------ reading
@@ -51,15 +57,20 @@ def test_gguf_is_what_the_library_says(many: Path) -> None:
     for there in reader.tensors:
         here = checkpoint[there.name]
         assert here.shape == tuple(there.shape[::-1]) == (6, 512)
-        assert (here.type.name, here.nbytes, here.position) == (there.tensor_type.name, there.n_bytes, there.data_offset)
+        assert (here.type.name, here.nbytes, here.position) == (
+            there.tensor_type.name,
+            there.n_bytes,
+            there.data_offset,
+        )
         expected = torch.from_numpy(np.array(gguf.dequantize(there.data, there.tensor_type))).view(6, 512)
         assert same_bits(here.into(torch.empty(6, 512)), expected)
         assert same_bits(here.load(dtype=torch.float32), expected)
         assert here.numel() == 3072
         assert len(here) == 6
     assert checkpoint.architecture == "llama"
-    assert dict(checkpoint.metadata) == {name: field.contents() for name, field in reader.fields.items()
-                                         if not name.startswith("GGUF.")}
+    assert dict(checkpoint.metadata) == {
+        name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")
+    }
 
 
 @pytest.mark.parametrize("kind", MANY, ids=lambda kind: kind.name)
@@ -115,8 +126,13 @@ def test_version_2_and_a_large_alignment(tmp_path: Path) -> None:
 
 def test_a_split_checkpoint(tmp_path: Path) -> None:
     for i, name in enumerate("ab"):
-        write_gguf(tmp_path / f"m-0000{i + 1}-of-00002.gguf", {name: (values(2, 32, seed=i), Kind.F32)}, split__count=2,
-                   split__no=i, split__tensors__count=2)
+        write_gguf(
+            tmp_path / f"m-0000{i + 1}-of-00002.gguf",
+            {name: (values(2, 32, seed=i), Kind.F32)},
+            split__count=2,
+            split__no=i,
+            split__tensors__count=2,
+        )
     first, second = (tmp_path / f"m-0000{i}-of-00002.gguf" for i in (1, 2))
     checkpoint = LazyCheckpoint.open(first)
     assert same_bits(checkpoint["b"].load(), torch.from_numpy(values(2, 32, seed=1)))
@@ -126,15 +142,23 @@ def test_a_split_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointFormatError, match="part 2 of 2 must lie beside the first"):
         LazyCheckpoint.open(first)
     write_gguf(second, {"a": (values(2, 32), Kind.F32)}, split__count=2, split__no=1, split__tensors__count=2)
-    with pytest.raises(CheckpointFormatError, match="tensor 'a'.*unique among all files"):
+    with pytest.raises(CheckpointFormatError, match=r"tensor 'a'.*unique among all files"):
         LazyCheckpoint.open(first)
     write_gguf(second, {"c": (values(2, 32), Kind.F32)}, split__count=2, split__no=0)
     with pytest.raises(CheckpointFormatError, match=r"part must be 1 of 2, got 0 of 2"):
         LazyCheckpoint.open(first)
 
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool,
-          torch.float8_e4m3fn]
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+    torch.float8_e4m3fn,
+]
 
 
 def test_safetensors_of_every_dtype(tmp_path: Path) -> None:
@@ -157,15 +181,19 @@ def test_safetensors_of_several_files(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
     save_file({"b": torch.zeros(3)}, tmp_path / "two.safetensors")
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 20},
-                                 "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    index.write_text(
+        json.dumps({"metadata": {"total_size": 20}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
+    )
     for path in (index, tmp_path):
         checkpoint = LazyCheckpoint.open(path)
         assert {name: t.load().tolist() for name, t in checkpoint.items()} == {"a": [1, 1], "b": [0, 0, 0]}
-    for content, said in [('{"weight_map": {"a": "../one.safetensors"}}', "files must lie beside the index"),
-                          ('{"weight_map": {"a": "three.safetensors"}}', "there is no"),
-                          ('{"weight_map": {"z": "one.safetensors"}}', "tensor 'z'.*must be in their files"),
-                          ('{"weight_map": 3}', "JSON with a weight_map"), ("{", "JSON with a weight_map")]:
+    for content, said in [
+        ('{"weight_map": {"a": "../one.safetensors"}}', "files must lie beside the index"),
+        ('{"weight_map": {"a": "three.safetensors"}}', "there is no"),
+        ('{"weight_map": {"z": "one.safetensors"}}', "tensor 'z'.*must be in their files"),
+        ('{"weight_map": 3}', "JSON with a weight_map"),
+        ("{", "JSON with a weight_map"),
+    ]:
         index.write_text(content)
         with pytest.raises(CheckpointFormatError, match=said):
             LazyCheckpoint.open(index)
@@ -222,35 +250,72 @@ BAD: dict[str, tuple[bytes, str]] = {
     "many-tensors": (header(tensors=2**40), "the tensor count must be at most file size / 32 = 0, got 1099511627776"),
     "many-metadata": (header(metadata=2**63), "the metadata count must be at most"),
     # 113 bytes with which the library's reader fills the memory
-    "array-of-2-to-40": (header(metadata=1) + text("k") + struct.pack("<IIQ", 9, 8, 2**40) + bytes(60),
-                         "metadata 'k', byte 41: the array must lie inside the file"),
-    "array-one-too-long": (header(metadata=1) + text("k") + struct.pack("<IIQ", 9, 0, 11) + bytes(10), "the array must lie"),
-    "strings-that-end-late": (header(metadata=1) + text("k") + struct.pack("<IIQ", 9, 8, 2) + text("one") + struct.pack("<Q", 99)
-                              + bytes(20), "metadata 'k'.*a string must lie inside the file, but needs 99"),
-    "nested-arrays": (header(metadata=1) + text("k") + struct.pack("<IIQ", 9, 9, 1) + bytes(40), "an array must not hold arrays"),
-    "array-of-13": (header(metadata=1) + text("k") + struct.pack("<IIQ", 9, 13, 1) + bytes(40), "element type must be 0 to 12"),
-    "value-type-13": (header(metadata=1) + text("k") + struct.pack("<I", 13) + bytes(8), "metadata 'k', byte 33: the type"),
-    "bool-2": (header(metadata=1) + text("k") + struct.pack("<IB", 7, 2), "metadata 'k', byte 37: a bool must be 0 or 1"),
-    "long-string": (header(metadata=1) + text("k") + struct.pack("<IQ", 8, 2**62), "the string must lie inside the file"),
+    "array-of-2-to-40": (
+        header(metadata=1) + text("k") + struct.pack("<IIQ", 9, 8, 2**40) + bytes(60),
+        "metadata 'k', byte 41: the array must lie inside the file",
+    ),
+    "array-one-too-long": (
+        header(metadata=1) + text("k") + struct.pack("<IIQ", 9, 0, 11) + bytes(10),
+        "the array must lie",
+    ),
+    "strings-that-end-late": (
+        header(metadata=1) + text("k") + struct.pack("<IIQ", 9, 8, 2) + text("one") + struct.pack("<Q", 99) + bytes(20),
+        "metadata 'k'.*a string must lie inside the file, but needs 99",
+    ),
+    "nested-arrays": (
+        header(metadata=1) + text("k") + struct.pack("<IIQ", 9, 9, 1) + bytes(40),
+        "an array must not hold arrays",
+    ),
+    "array-of-13": (
+        header(metadata=1) + text("k") + struct.pack("<IIQ", 9, 13, 1) + bytes(40),
+        "element type must be 0 to 12",
+    ),
+    "value-type-13": (
+        header(metadata=1) + text("k") + struct.pack("<I", 13) + bytes(8),
+        "metadata 'k', byte 33: the type",
+    ),
+    "bool-2": (
+        header(metadata=1) + text("k") + struct.pack("<IB", 7, 2),
+        "metadata 'k', byte 37: a bool must be 0 or 1",
+    ),
+    "long-string": (
+        header(metadata=1) + text("k") + struct.pack("<IQ", 8, 2**62),
+        "the string must lie inside the file",
+    ),
     "key-of-2-to-60": (header(metadata=1) + struct.pack("<Q", 2**60) + bytes(20), "the key must have 1 to 65535 bytes"),
     "key-twice": (header(metadata=2) + 2 * (text("k") + struct.pack("<IB", 0, 1)), "metadata 'k'.*unique"),
     "key-not-utf-8": (header(metadata=1) + text(b"\xff\xfe") + struct.pack("<IB", 0, 1), "the key must be UTF-8"),
     "alignment-0": (whole([ROW], 256, (text("general.alignment") + struct.pack("<II", 4, 0),)), "power of two, got 0"),
-    "alignment-48": (whole([ROW], 256, (text("general.alignment") + struct.pack("<II", 4, 48),)), "power of two, got 48"),
-    "alignment-text": (whole([ROW], 256, (text("general.alignment") + struct.pack("<I", 8) + text("32"),)), "power of two, got '32'"),
+    "alignment-48": (
+        whole([ROW], 256, (text("general.alignment") + struct.pack("<II", 4, 48),)),
+        "power of two, got 48",
+    ),
+    "alignment-text": (
+        whole([ROW], 256, (text("general.alignment") + struct.pack("<I", 8) + text("32"),)),
+        "power of two, got '32'",
+    ),
     "name-empty": (whole([info("", (32, 2), 0, 0)], 256), "tensor 0, byte 24: the name must have 1 to"),
     "name-not-utf-8": (whole([info(b"\xc3\x28", (32, 2), 0, 0)], 256), "tensor 0, byte 32: the name must be UTF-8"),
     "name-twice": (whole([ROW, info("a", (32,), 0, 256)], 384), "tensor 'a'.*unique"),
-    "no-dimensions": (whole([info("a", (), 0, 0)], 256), "tensor 'a', byte 33: the number of dimensions must be 1 to 4, got 0"),
+    "no-dimensions": (
+        whole([info("a", (), 0, 0)], 256),
+        "tensor 'a', byte 33: the number of dimensions must be 1 to 4, got 0",
+    ),
     "five-dimensions": (whole([info("a", (32, 1, 1, 1, 1), 0, 0)], 256), "must be 1 to 4, got 5"),
     "dimensions-of-2-to-32": (whole([info("a", (32,), 0, 0, n_dims=2**32 - 1)], 256), "must be 1 to 4, got 4294967295"),
     "dimension-0": (whole([info("a", (32, 0), 0, 0)], 256), "tensor 'a', byte 37: dimensions must be > 0"),
     "dimensions-overflow": (whole([info("a", (2**62, 2**62), 0, 0)], 256), "must be smaller than the file"),
-    "unknown-type": (whole([info("a", (32, 2), 99, 0)], 256), "tensor 'a', byte 53: the type must be one that the gguf library"),
+    "unknown-type": (
+        whole([info("a", (32, 2), 99, 0)], 256),
+        "tensor 'a', byte 53: the type must be one that the gguf library",
+    ),
     "removed-type": (whole([info("a", (32, 2), 4, 0)], 256), "tensor 'a'.*the type must be"),
     "cut-block": (whole([info("a", (33, 2), 2, 0)], 256), "whole Q4_0 blocks of 32, got 33"),
     "unaligned": (whole([info("a", (32, 2), 0, 16)], 512), "a multiple of the alignment 32, got 16"),
-    "offset-near-2-to-64": (whole([info("a", (32, 2), 0, 2**64 - 64)], 256), "tensor 'a', byte 57: the data must lie inside"),
+    "offset-near-2-to-64": (
+        whole([info("a", (32, 2), 0, 2**64 - 64)], 256),
+        "tensor 'a', byte 57: the data must lie inside",
+    ),
     "one-byte-short": (whole([ROW], 255), "the data must lie inside the file of 351 bytes, but are at 96 to 352"),
     "overlap": (whole([ROW, info("b", (32, 2), 0, 224)], 600), "tensor 'b'.*overlap those of 'a'"),
     "inside-each-other": (whole([ROW, info("b", (8,), 0, 64)], 600), "tensor 'b'.*overlap those of 'a'"),
@@ -258,8 +323,10 @@ BAD: dict[str, tuple[bytes, str]] = {
     "safetensors-empty": (bytes(4), "the file must be GGUF"),
     "safetensors-header-of-2-to-60": (struct.pack("<Q", 2**60) + b"{}", "header must lie inside the file"),
     "safetensors-no-json": (struct.pack("<Q", 5) + b"{abc}", "safetensors refuses it"),
-    "safetensors-short": (struct.pack("<Q", 58) + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}   ' + bytes(35),
-                          "safetensors refuses it"),
+    "safetensors-short": (
+        struct.pack("<Q", 58) + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}   ' + bytes(35),
+        "safetensors refuses it",
+    ),
 }
 
 
@@ -286,7 +353,9 @@ def test_a_bad_file_is_named_and_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_a_file_of_the_library_is_refused_at_every_truncation(tmp_path: Path) -> None:
-    path = write_gguf(tmp_path / "a.gguf", {"a": (values(2, 32), Kind.Q8_0), "b": (values(3), Kind.F32)}, words=["x", "yy"])
+    path = write_gguf(
+        tmp_path / "a.gguf", {"a": (values(2, 32), Kind.Q8_0), "b": (values(3), Kind.F32)}, words=["x", "yy"]
+    )
     data = path.read_bytes()
     end = LazyCheckpoint.open(path)["b"]
     for length in range(end.position + end.nbytes):  # what pads the end of the file is nobody's data
@@ -319,10 +388,19 @@ def fuzz(folder: Path, count: int, seed: int) -> dict[str, int]:
     """Open mutated files and read what opens: no crash, nothing over a second, no 16 MiB beyond the file."""
     memory = Path("/dev/shm")  # a file system that truncates quickly
     rng, path = random.Random(seed), (memory if os.access(memory, os.W_OK) else folder) / f"lrtt-fuzz-{os.getpid()}"
-    seeds = [write_gguf(folder / "a.gguf", {"q": (values(2, 64), Kind.Q4_0), "f": (values(5), Kind.F32)}, n=3, words=["a", "b"],
-                        s="text").read_bytes(),
-             write_gguf(folder / "b.gguf", {"k": (values(1, 256), Kind.TQ2_0), "h": (values(2, 2, 32), Kind.F16)}).read_bytes(),
-             whole([ROW, info("b", (256,), 12, 256)], 512)]
+    seeds = [
+        write_gguf(
+            folder / "a.gguf",
+            {"q": (values(2, 64), Kind.Q4_0), "f": (values(5), Kind.F32)},
+            n=3,
+            words=["a", "b"],
+            s="text",
+        ).read_bytes(),
+        write_gguf(
+            folder / "b.gguf", {"k": (values(1, 256), Kind.TQ2_0), "h": (values(2, 2, 32), Kind.F16)}
+        ).read_bytes(),
+        whole([ROW, info("b", (256,), 12, 256)], 512),
+    ]
     save_file({"a": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.float16)}, folder / "a.safetensors")
     seeds.append((folder / "a.safetensors").read_bytes())
     outcomes = {"opened": 0, "refused": 0}
@@ -365,18 +443,23 @@ def test_ten_thousand_mutated_files(tmp_path: Path) -> None:
 def test_any_bytes_behind_the_magic(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "any.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<I", 3) + data)
-    try:
+    with contextlib.suppress(CheckpointFormatError):
         LazyCheckpoint.open(path)
-    except CheckpointFormatError:
-        pass
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q2_K, Kind.Q6_K, Kind.MXFP4, Kind.F16, Kind.F32, Kind.BF16, Kind.TQ2_0],
-                         ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind",
+    [Kind.Q4_0, Kind.Q4_1, Kind.Q2_K, Kind.Q6_K, Kind.MXFP4, Kind.F16, Kind.F32, Kind.BF16, Kind.TQ2_0],
+    ids=lambda kind: kind.name,
+)
 def test_values_that_are_not_finite(kind: Kind, tmp_path: Path) -> None:
     """verify="values" names the block's byte, and leaves the parameter alone."""
     size, width = gguf.GGML_QUANT_SIZES[kind]
-    raw = random_blocks(np.random.default_rng(0), kind, 1, 512)[0].copy() if kind is not Kind.TQ2_0 else np.zeros(512 * width, np.uint8)
+    raw = (
+        random_blocks(np.random.default_rng(0), kind, 1, 512)[0].copy()
+        if kind is not Kind.TQ2_0
+        else np.zeros(512 * width, np.uint8)
+    )
     columns = 512 * size
     broken = 300 * width
     at = {"Q4_1": 2, "Q2_K": 82, "Q6_K": 208, "TQ2_0": 64}.get(kind.name, 0)
@@ -392,8 +475,10 @@ def test_values_that_are_not_finite(kind: Kind, tmp_path: Path) -> None:
         position = checkpoint["w"].position + broken
         checkpoint["w"].load()  # as asked for
     out = torch.full((columns,), -7.0)
-    with LazyCheckpoint.open(path, verify="values") as checkpoint, \
-            pytest.raises(CheckpointFormatError, match=rf"tensor 'w', byte {position}: the scale of a {kind.name} block"):
+    with (
+        LazyCheckpoint.open(path, verify="values") as checkpoint,
+        pytest.raises(CheckpointFormatError, match=rf"tensor 'w', byte {position}: the scale of a {kind.name} block"),
+    ):
         checkpoint["w"].into(out)
     assert out.eq(-7).all()
 
@@ -442,7 +527,7 @@ def test_a_file_that_changes_while_it_is_read(many: Path, monkeypatch: pytest.Mo
         return read(fd, buffers, position)
 
     monkeypatch.setattr(os, "preadv", cut)
-    with pytest.raises(CheckpointChangedError, match="ends at byte|size was"):
+    with pytest.raises(CheckpointChangedError, match=r"ends at byte|size was"):
         checkpoint["F32"].load()
 
 
@@ -503,7 +588,10 @@ def test_a_failure_reaches_all_and_a_retry_works() -> None:
 def test_loads_run_side_by_side_and_reentry_raises() -> None:
     flight: SingleFlight[int] = SingleFlight()
     barrier = threading.Barrier(2)
-    assert together(2, lambda i: flight.do(i, lambda: barrier.wait(5) and 0 or i)) == [0, 1]  # neither waits for the lock
+    assert together(2, lambda i: flight.do(i, lambda: (barrier.wait(5) and 0) or i)) == [
+        0,
+        1,
+    ]  # neither waits for the lock
     with pytest.raises(RuntimeError, match="must not ask for its own key, got 'a' again"):
         flight.do("a", lambda: flight.do("a", lambda: 1))
     assert flight.do("a", lambda: flight.do("b", lambda: 1)) == 1

@@ -1,4 +1,4 @@
-"""dequantize_into against gguf.quants, bit for bit: every compiled type, any blocks, threads, strides and row orders."""
+"""dequantize_into against gguf.quants, bit for bit: every compiled type, any blocks, threads, strides, rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,22 @@ compiled = pytest.mark.parametrize("kind", COMPILED, ids=lambda kind: kind.name)
 
 
 def test_the_compiled_types_and_their_sizes() -> None:
-    names = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "MXFP4"]
+    names = [
+        "F32",
+        "F16",
+        "BF16",
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "MXFP4",
+    ]
     assert sorted(kind.name for kind in COMPILED) == sorted(names)
     for kind in COMPILED:
         assert DECODERS[kind] == gguf.GGML_QUANT_SIZES[kind]
@@ -52,8 +67,11 @@ def test_any_bytes_at_all(kind: Kind) -> None:
     assert same_bits(out[expected.isinf()], expected[expected.isinf()])
 
 
-@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.MXFP4, Kind.BF16, Kind.F16],
-                         ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind",
+    [Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1, Kind.Q8_0, Kind.MXFP4, Kind.BF16, Kind.F16],
+    ids=lambda kind: kind.name,
+)
 def test_blocks_made_by_the_library(kind: Kind) -> None:
     raw = gguf.quantize(np.random.default_rng(2).standard_normal((16, 256)).astype(np.float32), kind)
     out = dequantize_into(torch.empty(16, 256), raw.view(np.uint8), kind)
@@ -113,7 +131,9 @@ def test_rows_strides_and_dtypes(kind: Kind) -> None:
     dequantize_into(transposed.t(), blocks, kind)
     assert same_bits(transposed.t().contiguous(), expected)
     for dtype in (torch.float64, torch.float16):
-        assert same_bits(dequantize_into(torch.empty(6, expected.shape[1], dtype=dtype), blocks, kind), expected.to(dtype))
+        assert same_bits(
+            dequantize_into(torch.empty(6, expected.shape[1], dtype=dtype), blocks, kind), expected.to(dtype)
+        )
 
 
 @pytest.mark.parametrize("kind", OTHERS[:-1], ids=lambda kind: kind.name)

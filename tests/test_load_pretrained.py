@@ -37,8 +37,11 @@ TIGHT = LRTTConfig(rank=2, reinit_gain=1.0, visible_device=devices.Ideal(w_max=0
 def effective(module: nn.Module, name: str) -> Tensor:
     """What the layer multiplies with."""
     owner = module.get_submodule(name.rpartition(".")[0])
-    return owner.effective_weight() if name.endswith("weight") and hasattr(owner, "effective_weight") else getattr(
-        owner, name.rpartition(".")[2])
+    return (
+        owner.effective_weight()
+        if name.endswith("weight") and hasattr(owner, "effective_weight")
+        else getattr(owner, name.rpartition(".")[2])
+    )
 
 
 def assert_holds(module: nn.Module, expected: dict[str, Tensor], prefix: str = "") -> None:
@@ -61,7 +64,9 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])
 @pytest.mark.parametrize("config", [None, DIGITAL, TIGHT], ids=["plain", "tiles", "bounded"])
 @pytest.mark.parametrize("kind", [Kind.Q8_0, Kind.Q4_0, Kind.F16], ids=lambda kind: kind.name)
-def test_a_llama_file_loads_by_its_architecture(tmp_path: Path, kind: Kind, config: LRTTConfig | None, meta: bool) -> None:
+def test_a_llama_file_loads_by_its_architecture(
+    tmp_path: Path, kind: Kind, config: LRTTConfig | None, meta: bool
+) -> None:
     """q and k are unpermuted; a prefix of the module's names does not matter; weights are those of gguf.quants."""
     expected = write_llama(tmp_path / "a.gguf", kind=kind)
     with torch.device("meta" if meta else "cpu"):
@@ -95,8 +100,14 @@ def test_agreement_with_transformers(tmp_path: Path) -> None:
     """The same file through an independent loader: transformers' GGUF import of a Llama."""
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False)
+        vocab_size=50,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
     module = transformers.LlamaForCausalLM(config)
     rng, names = np.random.default_rng(0), gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     tensors = {}
@@ -104,8 +115,14 @@ def test_agreement_with_transformers(tmp_path: Path) -> None:
         source = names.get_name(name, (".weight",))
         values = rng.standard_normal(tuple(parameter.shape)).astype(np.float32)
         tensors[source] = (values, Kind.Q8_0 if values.ndim == 2 else Kind.F32)
-    path = write_gguf(tmp_path / "a.gguf", tensors, llama__block_count=2, llama__attention__head_count=4,
-                      llama__attention__head_count_kv=2, llama__embedding_length=64)
+    path = write_gguf(
+        tmp_path / "a.gguf",
+        tensors,
+        llama__block_count=2,
+        llama__attention__head_count=4,
+        llama__attention__head_count_kv=2,
+        llama__embedding_length=64,
+    )
     load_pretrained(module, path)
     from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
@@ -113,7 +130,9 @@ def test_agreement_with_transformers(tmp_path: Path) -> None:
     reader = {t.name: t for t in gguf.GGUFReader(path).tensors}
     for name, parameter in module.named_parameters():
         source = names.get_name(name, (".weight",))
-        theirs = processor.process(gguf.dequantize(reader[source].data, reader[source].tensor_type), name=source).weights
+        theirs = processor.process(
+            gguf.dequantize(reader[source].data, reader[source].tensor_type), name=source
+        ).weights
         assert same_bits(parameter.detach(), torch.from_numpy(np.array(theirs, dtype=np.float32))), name
 
 
@@ -121,8 +140,13 @@ def test_head_counts_by_layer_and_without_groups(tmp_path: Path) -> None:
     expected = write_llama(tmp_path / "a.gguf")
     again = gguf.GGUFReader(tmp_path / "a.gguf")
     tensors = {t.name: (np.array(gguf.dequantize(t.data, t.tensor_type)), Kind.F32) for t in again.tensors}
-    path = write_gguf(tmp_path / "b.gguf", tensors, llama__block_count=2, llama__attention__head_count=[4, 4],
-                      llama__attention__head_count_kv=[2, 2])
+    path = write_gguf(
+        tmp_path / "b.gguf",
+        tensors,
+        llama__block_count=2,
+        llama__attention__head_count=[4, 4],
+        llama__attention__head_count_kv=[2, 2],
+    )
     module = Llama()
     load_pretrained(module, path)
     assert_holds(module, expected)
@@ -181,7 +205,9 @@ def test_transforms_of_the_user_and_of_gpt2(tmp_path: Path) -> None:
     assert same_bits(module.w.detach(), expected.t().contiguous())
     assert same_bits(module.n.detach(), torch.from_numpy(stored[0]) - 1.0)
     assert report.converted == {"w": "Q8_0 to float32, transposed", "n": "-1"}
-    with pytest.raises(ValueError, match="transforms must be Transform or one of transpose, minus_one, none, got 'turn'"):
+    with pytest.raises(
+        ValueError, match="transforms must be Transform or one of transpose, minus_one, none, got 'turn'"
+    ):
         load_pretrained(module, path, transforms={"w": "turn"})
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=20, n_positions=8, n_embd=32, n_layer=1, n_head=2)
@@ -247,14 +273,21 @@ def test_names_may_be_rows_of_a_fused_tensor(tmp_path: Path) -> None:
 
 
 def test_everything_that_does_not_fit_is_in_one_error(tmp_path: Path) -> None:
-    save_file({"0.weight": torch.ones(4, 3), "1.weight": torch.ones(2, 3), "old": torch.ones(1)}, tmp_path / "a.safetensors")
+    save_file(
+        {"0.weight": torch.ones(4, 3), "1.weight": torch.ones(2, 3), "old": torch.ones(1)}, tmp_path / "a.safetensors"
+    )
     module = two()
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(CheckpointMismatchError) as caught:
         load_pretrained(module, tmp_path / "a.safetensors")
     said = str(caught.value)
-    for part in ("missing in the file (1): 0.bias", "unexpected in the file (1): old",
-                 "0.weight: [3, 4] here, [4, 3] in '0.weight'", "strict=False", "lrtt inspect"):
+    for part in (
+        "missing in the file (1): 0.bias",
+        "unexpected in the file (1): old",
+        "0.weight: [3, 4] here, [4, 3] in '0.weight'",
+        "strict=False",
+        "lrtt inspect",
+    ):
         assert part in said
     assert all(same_bits(value, before[name]) for name, value in module.state_dict().items())  # nothing was read
     report = load_pretrained(module, tmp_path / "a.safetensors", strict=False)
@@ -292,7 +325,7 @@ def test_buffers_are_filled_where_the_file_has_them(tmp_path: Path) -> None:
     assert not load_pretrained(module, tmp_path / "b.safetensors").missing
     with torch.device("meta"):
         module = nn.BatchNorm1d(3)
-    with pytest.raises(CheckpointMismatchError, match="on the meta device must be in .*running_mean, running_var"):
+    with pytest.raises(CheckpointMismatchError, match=r"on the meta device must be in .*running_mean, running_var"):
         load_pretrained(module, tmp_path / "b.safetensors", strict=False)
 
 
@@ -417,8 +450,9 @@ def test_averages_of_scaled_tiles(tmp_path: Path) -> None:
 
 
 def test_training_moves_a_scaled_tile_towards_its_target(tmp_path: Path) -> None:
-    tile = scaled_tile(tmp_path, LRTTConfig(rank=2, transfer_every=4, visible_device=TIGHT.visible_device,
-                                            transfer_mode="digital"))
+    tile = scaled_tile(
+        tmp_path, LRTTConfig(rank=2, transfer_every=4, visible_device=TIGHT.visible_device, transfer_mode="digital")
+    )
     target, losses = torch.randn(3, 4), []
     optimizer = LRTT(tile.parameters(), lr=0.005)
     generator = torch.Generator().manual_seed(0)
@@ -437,8 +471,10 @@ def test_training_moves_a_scaled_tile_towards_its_target(tmp_path: Path) -> None
 
 def test_loads_are_logged_at_debug_level(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     expected = write_llama(tmp_path / "a.gguf", head=False)
-    with caplog.at_level(logging.DEBUG, "lightning_lrtt"), \
-            LazyCheckpoint.open(tmp_path / "a.gguf", cache_bytes=1 << 20) as checkpoint:
+    with (
+        caplog.at_level(logging.DEBUG, "lightning_lrtt"),
+        LazyCheckpoint.open(tmp_path / "a.gguf", cache_bytes=1 << 20) as checkpoint,
+    ):
         load_pretrained(Llama(), checkpoint)
     said = caplog.text
     assert "opened" in said

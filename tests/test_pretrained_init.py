@@ -1,4 +1,4 @@
-"""Pretrained weights in Lightning: the strategy's pretrained=, PretrainedInit, lazy filling, resume, DDP, YAML, inspect."""
+"""Pretrained weights in Lightning: the strategy's pretrained=, PretrainedInit, lazy filling, resume, DDP, inspect."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from weights_helpers import VOCAB, Llama, write_llama
 
-from lightning_lrtt import LRTTConfig, LRTTStrategy, ResumableLoader, convert_to_lrtt, devices
+from lightning_lrtt import LRTTConfig, LRTTStrategy, ResumableLoader, devices
 from lightning_lrtt.cli import main
 from lightning_lrtt.nn import find_tiles
 from lightning_lrtt.weights import (
@@ -40,8 +40,10 @@ from lightning_lrtt.weights.lazy_fill import LazyFill
 from lightning_lrtt.weights.plan import make_plan
 
 SOFT = devices.SoftBounds(dw_min=0.002, w_max=1.0, w_min=-1.0)
-CONFIGS = {"digital": LRTTConfig(rank=2, transfer_every=4),
-           "pulsed": LRTTConfig(rank=2, transfer_every=4, reinit_gain=1.0, fast_device=SOFT, visible_device=SOFT)}
+CONFIGS = {
+    "digital": LRTTConfig(rank=2, transfer_every=4),
+    "pulsed": LRTTConfig(rank=2, transfer_every=4, reinit_gain=1.0, fast_device=SOFT, visible_device=SOFT),
+}
 MODES = ["progressive", "lazy", "prefetch"]
 modes = pytest.mark.parametrize("mode", MODES)
 
@@ -100,8 +102,15 @@ class Seen(Callback):
 
 def trainer(folder: Path, strategy: Any, callbacks: list[Any] | None = None, **kwargs: Any) -> pl.Trainer:
     """A quiet one."""
-    defaults = {"max_epochs": 1, "enable_progress_bar": False, "enable_checkpointing": bool(callbacks), "logger": False,
-                "enable_model_summary": False, "accelerator": "cpu", "default_root_dir": folder}
+    defaults = {
+        "max_epochs": 1,
+        "enable_progress_bar": False,
+        "enable_checkpointing": bool(callbacks),
+        "logger": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "default_root_dir": folder,
+    }
     return pl.Trainer(strategy=strategy, callbacks=callbacks, **(defaults | kwargs))
 
 
@@ -148,8 +157,9 @@ def test_modes_and_ways_end_alike(config: str, tmp_path: Path, llama: Any) -> No
     for pretrained, callbacks in ways:
         torch.manual_seed(0)
         module = Net()
-        trainer(tmp_path, LRTTStrategy(CONFIGS[config], pretrained=pretrained), callbacks,
-                enable_checkpointing=False).fit(module, loader())
+        trainer(
+            tmp_path, LRTTStrategy(CONFIGS[config], pretrained=pretrained), callbacks, enable_checkpointing=False
+        ).fit(module, loader())
         states.append(module.state_dict())
     for state in states[1:]:
         assert all(same_bits(value, states[0][name]) for name, value in state.items())
@@ -159,6 +169,7 @@ def test_modes_and_ways_end_alike(config: str, tmp_path: Path, llama: Any) -> No
 @pytest.mark.parametrize("config", CONFIGS)
 def test_resume_is_exact_and_does_not_refill(config: str, mode: Any, tmp_path: Path, llama: Any) -> None:
     """Two epochs, against one, its checkpoint and another; the file is gone when the run goes on."""
+
     def run(folder: Path, epochs: int, ckpt_path: Any = None) -> dict[str, Any]:
         torch.manual_seed(0 if ckpt_path is None else 99)
         strategy = LRTTStrategy(CONFIGS[config], pretrained=Pretrained(llama[0], mode))
@@ -230,8 +241,12 @@ def test_a_tested_checkpoint_is_not_overwritten(mode: Any, tmp_path: Path, llama
     loss = fit.validate(module, loader(), verbose=False)[0]["val/loss"]
     fit.save_checkpoint(tmp_path / "end.ckpt")
     other = trainer(tmp_path, LRTTStrategy(CONFIGS["digital"], pretrained=Pretrained(llama[0], mode)))
-    assert other.validate(Net(), loader(), ckpt_path=tmp_path / "end.ckpt", weights_only=True,
-                          verbose=False)[0]["val/loss"] == loss
+    assert (
+        other.validate(Net(), loader(), ckpt_path=tmp_path / "end.ckpt", weights_only=True, verbose=False)[0][
+            "val/loss"
+        ]
+        == loss
+    )
 
 
 def test_bounded_tiles_get_a_scale_and_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -253,8 +268,11 @@ def test_bounded_tiles_get_a_scale_and_a_warning(tmp_path: Path, caplog: pytest.
 def test_averages_start_from_the_pretrained_weights(tmp_path: Path, llama: Any) -> None:
     """EMA copies the model before the strategy's setup, from which the weights come."""
     path, expected = llama
-    fit = trainer(tmp_path, LRTTStrategy(CONFIGS["digital"], pretrained=path),
-                  [EMAWeightAveraging(decay=0.5), ModelCheckpoint(tmp_path, save_last=True)])
+    fit = trainer(
+        tmp_path,
+        LRTTStrategy(CONFIGS["digital"], pretrained=path),
+        [EMAWeightAveraging(decay=0.5), ModelCheckpoint(tmp_path, save_last=True)],
+    )
     module = Net()
     fit.fit(module, loader())
     averaged = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
@@ -279,7 +297,10 @@ def test_layers_are_loaded_when_they_are_called(llama: Any) -> None:
     assert len(fill.pending) == len(expected)
     assert module.lm_head.weight[0, 0].isnan()  # read around the forward pass it says so
     module.model.layers[1].mlp(torch.zeros(1, 64))
-    assert set(expected) - set(fill.pending) == {"model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"}
+    assert set(expected) - set(fill.pending) == {
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+    }
     assert torch.equal(module.model.layers[1].mlp.up_proj.weight, expected["model.layers.1.mlp.up_proj.weight"])
     module.model.norm.state_dict()  # a part that is saved is a part that is filled
     assert "model.norm.weight" not in fill.pending
@@ -304,6 +325,7 @@ def test_a_tied_weight_comes_with_whichever_layer_is_called_first(tmp_path: Path
 @pytest.mark.parametrize("training", [True, False])
 def test_parents_that_read_weights_of_their_children(tmp_path: Path, training: bool) -> None:
     """MultiheadAttention and the fast path of the encoder never call out_proj and linear1."""
+
     def make() -> nn.Module:
         layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
         return nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "encoder": nn.TransformerEncoder(layer, 2)})
@@ -313,7 +335,9 @@ def test_parents_that_read_weights_of_their_children(tmp_path: Path, training: b
     lazily(module, str(tmp_path / "a.safetensors"))
     with torch.set_grad_enabled(training):
         for name in ("attention", "encoder"):
-            one, other = ((m[name].train(training)(*([x] * (3 if name == "attention" else 1)))) for m in (source, module))
+            one, other = (
+                (m[name].train(training)(*([x] * (3 if name == "attention" else 1)))) for m in (source, module)
+            )
             torch.testing.assert_close(other, one, rtol=0, atol=0)
 
 
@@ -321,7 +345,9 @@ def test_a_pending_module_is_not_copied_and_a_loaded_one_not_overwritten(llama: 
     path, expected = llama
     module = Llama()
     fill = lazily(module, path)
-    with pytest.raises(RuntimeError, match=f"must be filled before it is copied.* but {len(expected)} tensors are pending"):
+    with pytest.raises(
+        RuntimeError, match=f"must be filled before it is copied.* but {len(expected)} tensors are pending"
+    ):
         copy.deepcopy(module)
     own = {name: torch.full_like(value, 0.5) for name, value in expected.items()}
     module.load_state_dict(own)  # fills first, so no hook comes later
@@ -417,8 +443,9 @@ def test_a_file_of_another_model_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar, None])
-def test_the_bar_is_the_trainers_and_counts_bytes(bar: Any, tmp_path: Path, llama: Any, monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_is_the_trainers_and_counts_bytes(
+    bar: Any, tmp_path: Path, llama: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     if bar is RichProgressBar:
         pytest.importorskip("rich", reason="an optional dependency of Lightning")
     from lightning_lrtt.weights import pretrained as module_of_bar
@@ -442,7 +469,7 @@ def test_the_bar_is_the_trainers_and_counts_bytes(bar: Any, tmp_path: Path, llam
 # ------------------------------------------------------------------ DDP
 
 
-DDP = '''
+DDP = """
 import json, logging, sys
 import lightning.pytorch as pl, torch, torch.distributed as dist
 sys.path.insert(0, {tests!r})
@@ -476,14 +503,15 @@ if __name__ == "__main__":
         def on_train_start(self, trainer, pl_module):
             self.c = {{name: tile.effective_weight().clone() for name, tile in find_tiles(pl_module).items()}}
     look = Look()
-    trainer = pl.Trainer(strategy="ddp", devices=2, accelerator="cpu", max_steps=5, logger=False, enable_checkpointing=False,
+    trainer = pl.Trainer(strategy="ddp", devices=2, accelerator="cpu", max_steps=5, logger=False,
+                         enable_checkpointing=False,
                          enable_progress_bar=False, enable_model_summary=False,
                          callbacks=[PretrainedInit({path!r}, {mode!r}), look])
     trainer.fit(module, loader())
     c = {{tile.weight.data_ptr() for tile in find_tiles(module).values()}}
     torch.save({{"loads": loads, "sent_c": len(c & set(sent)), "sent": len(sent), "start": look.c,
                 "end": module.state_dict()}}, f"{folder}/rank{{trainer.global_rank}}.pt")
-'''
+"""
 
 
 @pytest.mark.parametrize("mode", ["progressive", "lazy"])
@@ -493,8 +521,9 @@ def test_two_processes_load_once_each_and_send_no_c(mode: str, tmp_path: Path, l
     script = tmp_path / "run.py"
     script.write_text(DDP.format(tests=str(Path(__file__).parent), path=path, mode=mode, folder=str(tmp_path)))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=200,
-                          check=False, env=env)
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False, env=env
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in (0, 1)]
     for rank in ranks:
@@ -530,18 +559,31 @@ def test_yaml(form: str, tmp_path: Path, llama: Any, quiet_cli: None) -> None:
         strategy["init_args"]["pretrained"] = {"class_path": "lightning_lrtt.weights.Pretrained", "init_args": options}
     else:
         callbacks = [{"class_path": "PretrainedInit", "init_args": options}]
-    config = {"model": {"class_path": "test_pretrained_init.Net"}, "data": {"class_path": "test_pretrained_init.Data"},
-              "trainer": {"strategy": strategy, "callbacks": callbacks, "accelerator": "cpu", "max_steps": 2,
-                          "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}},
-                          "enable_progress_bar": False, "enable_model_summary": False}}
+    config = {
+        "model": {"class_path": "test_pretrained_init.Net"},
+        "data": {"class_path": "test_pretrained_init.Data"},
+        "trainer": {
+            "strategy": strategy,
+            "callbacks": callbacks,
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}},
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+    }
     (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "fit.yaml"])
     (saved,) = tmp_path.glob("lightning_logs/version_0/config.yaml")
     assert llama[0] in saved.read_text()
     main(["fit", "--config", str(saved), "--trainer.logger.init_args.name=again"])  # what was saved runs again
-    one, other = (torch.load(next(tmp_path.glob(f"{name}/version_0/checkpoints/*.ckpt")), weights_only=True)["state_dict"]
-                  for name in ("lightning_logs", "again"))
-    assert all(same_bits(value, other[name]) for name, value in one.items() if "tile_state" not in name and name[-2:] != ".B")
+    one, other = (
+        torch.load(next(tmp_path.glob(f"{name}/version_0/checkpoints/*.ckpt")), weights_only=True)["state_dict"]
+        for name in ("lightning_logs", "again")
+    )
+    assert all(
+        same_bits(value, other[name]) for name, value in one.items() if "tile_state" not in name and name[-2:] != ".B"
+    )
 
 
 class Data(pl.LightningDataModule):
@@ -563,7 +605,9 @@ def test_inspect(llama: Any, capsys: pytest.CaptureFixture[str], quiet_cli: None
     assert line.split() == ["blk.1.attn_k.weight", "32x64", "Q8_0", "2176", "model.layers.1.self_attn.k_proj.weight"]
 
 
-def test_inspect_with_a_module_shows_problems_first(llama: Any, capsys: pytest.CaptureFixture[str], quiet_cli: None) -> None:
+def test_inspect_with_a_module_shows_problems_first(
+    llama: Any, capsys: pytest.CaptureFixture[str], quiet_cli: None
+) -> None:
     path, _ = llama
     main(["inspect", path, "--module", "weights_helpers.Llama", "--init-args", json.dumps({"layers": 3})])
     lines = capsys.readouterr().out.splitlines()
@@ -574,13 +618,18 @@ def test_inspect_with_a_module_shows_problems_first(llama: Any, capsys: pytest.C
     assert capsys.readouterr().out.startswith("problems: none\n")
 
 
-@pytest.mark.parametrize(("args", "said"), [
-    (["nothing.gguf"], "No such file"), (["bad.gguf"], "problem: .*bad.gguf: header"),
-    (["good.gguf", "--module", "weights_helpers.Nothing"], "--module must be a class"),
-    (["good.gguf", "--module", "weights_helpers.Llama", "--init-args", "{"], "--module must be a class"),
-])
-def test_inspect_refusals(args: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                          quiet_cli: None) -> None:
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["nothing.gguf"], "No such file"),
+        (["bad.gguf"], "problem: .*bad.gguf: header"),
+        (["good.gguf", "--module", "weights_helpers.Nothing"], "--module must be a class"),
+        (["good.gguf", "--module", "weights_helpers.Llama", "--init-args", "{"], "--module must be a class"),
+    ],
+)
+def test_inspect_refusals(
+    args: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet_cli: None
+) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"GGUF123")
     write_llama(tmp_path / "good.gguf", kind=Kind.Q4_0)
     with pytest.raises(SystemExit) as caught:

@@ -18,10 +18,21 @@ DIM, HEADS, KV_HEADS, HIDDEN, VOCAB = 64, 4, 2, 96, 50
 
 def random_blocks(rng: np.random.Generator, kind: Kind, rows: int, blocks: int) -> np.ndarray:
     """``[rows, bytes]`` of random blocks whose half-precision scales are finite, so that every element is a number."""
-    size, width = gguf.GGML_QUANT_SIZES[kind]
+    _size, width = gguf.GGML_QUANT_SIZES[kind]
     raw = rng.integers(0, 256, (rows * blocks, width), dtype=np.uint8)
-    scales = {"Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82), "Q3_K": (108,),
-              "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "F16": (0,)}
+    scales = {
+        "Q4_0": (0,),
+        "Q4_1": (0, 2),
+        "Q5_0": (0,),
+        "Q5_1": (0, 2),
+        "Q8_0": (0,),
+        "Q2_K": (80, 82),
+        "Q3_K": (108,),
+        "Q4_K": (0, 2),
+        "Q5_K": (0, 2),
+        "Q6_K": (208,),
+        "F16": (0,),
+    }
     for at in scales.get(kind.name, ()):
         half = raw[:, at : at + 2].copy().view(np.uint16)
         raw[:, at : at + 2] = np.where(half & 0x7C00 == 0x7C00, half & 0xBFFF, half).view(np.uint8)
@@ -39,8 +50,9 @@ def decoded(raw: np.ndarray, kind: Kind) -> Tensor:
         return torch.from_numpy(np.array(gguf.dequantize(raw, kind), dtype=np.float32))
 
 
-def write_gguf(path: Path, tensors: Mapping[str, tuple[np.ndarray, Kind]], arch: str = "llama",
-               **metadata: Any) -> Path:
+def write_gguf(
+    path: Path, tensors: Mapping[str, tuple[np.ndarray, Kind]], arch: str = "llama", **metadata: Any
+) -> Path:
     """Write values quantised as given; ints and strings of ``metadata`` are added under ``arch.``-less keys."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in metadata.items():
@@ -126,9 +138,10 @@ def interleave(values: np.ndarray, heads: int) -> np.ndarray:
     return values.reshape(heads, 2, len(values) // heads // 2, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
 
 
-def write_llama(path: Path, layers: int = 2, kind: Kind = Kind.Q8_0, head: bool = True, scale: float = 0.1,
-                arch: str = "llama") -> dict[str, Tensor]:
-    """A GGUF file of `Llama` with random weights, as llama.cpp would write it; returns the decoded weights by HF name."""
+def write_llama(
+    path: Path, layers: int = 2, kind: Kind = Kind.Q8_0, head: bool = True, scale: float = 0.1, arch: str = "llama"
+) -> dict[str, Tensor]:
+    """A GGUF file of `Llama` with random weights, as llama.cpp writes it; returns the decoded weights by HF name."""
     rng = np.random.default_rng(0)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     state = Llama(layers).state_dict()
@@ -147,8 +160,16 @@ def write_llama(path: Path, layers: int = 2, kind: Kind = Kind.Q8_0, head: bool 
         tensors[source] = (stored, own)
     if not head:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
-    write_gguf(path, tensors, arch, **{f"{arch}__block_count": layers, f"{arch}__attention__head_count": HEADS,
-                                       f"{arch}__attention__head_count_kv": KV_HEADS})
+    write_gguf(
+        path,
+        tensors,
+        arch,
+        **{
+            f"{arch}__block_count": layers,
+            f"{arch}__attention__head_count": HEADS,
+            f"{arch}__attention__head_count_kv": KV_HEADS,
+        },
+    )
     return expected
 
 
@@ -163,8 +184,12 @@ def text(value: str | bytes) -> bytes:
 
 def info(name: str | bytes, dims: tuple[int, ...], kind: int, offset: int, n_dims: int | None = None) -> bytes:
     """A tensor's record."""
-    return (text(name) + struct.pack("<I", len(dims) if n_dims is None else n_dims)
-            + b"".join(struct.pack("<Q", d) for d in dims) + struct.pack("<IQ", kind, offset))
+    return (
+        text(name)
+        + struct.pack("<I", len(dims) if n_dims is None else n_dims)
+        + b"".join(struct.pack("<Q", d) for d in dims)
+        + struct.pack("<IQ", kind, offset)
+    )
 
 
 def header(tensors: int = 0, metadata: int = 0, version: int = 3, magic: bytes = b"GGUF") -> bytes:

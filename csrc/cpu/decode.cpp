@@ -13,6 +13,8 @@ LRTT_HD void put(uint16_t* out, float y) { *out = bfloat(y); }
 template <class T, int group, class Out>
 LRTT_HD void decode_group(const uint8_t* __restrict b, Out* __restrict out) {
   const Affine a = T::affine(b, group);
+// Sixteen rounds would be unrolled to scalars before the loop could become a vector.
+#pragma GCC unroll 1
   for (int j = 0; j < T::kGroup; ++j) put(out + group * T::kGroup + j, element<T::kSign>(a, T::quant(b, group, j)));
 }
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import lightning.pytorch as pl
 import torch
-from pydoc_data.topics import topics
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
@@ -15,8 +15,24 @@ from typing_extensions import override
 from examples.gguf_finetune.make import make_checkpoints
 from lightning_lrtt import ResumableLoader
 
-_SOURCES = ("argparse", "ast", "asyncio.base_events", "datetime", "difflib", "doctest", "email.message", "inspect",
-            "logging", "pickle", "subprocess", "tarfile", "threading", "typing", "unittest.mock", "zipfile")
+_SOURCES = (
+    "argparse",
+    "ast",
+    "asyncio.base_events",
+    "datetime",
+    "difflib",
+    "doctest",
+    "email.message",
+    "inspect",
+    "logging",
+    "pickle",
+    "subprocess",
+    "tarfile",
+    "threading",
+    "typing",
+    "unittest.mock",
+    "zipfile",
+)
 
 
 def to_bytes(text: str) -> Tensor:

@@ -2,7 +2,8 @@
 
     python -m examples.gguf_finetune.make logs/gguf_finetune
 
-The fine-tuning example does it by itself when the file is not there. Files are written as llama.cpp's converter writes a
+The fine-tuning example does it by itself when the file is not there. Files are written as llama.cpp's converter writes
+a
 Llama: names by the gguf library's table, rows of q and k interleaved, matrices in Q8_0 or Q4_0, norms in F32.
 """
 
@@ -62,7 +63,9 @@ def write(model: Llama, path: Path, kind: GGMLQuantizationType) -> None:
                     pairs = values.reshape(heads, 2, len(values) // heads // 2, values.shape[1])
                     values = pairs.swapaxes(1, 2).reshape(values.shape)
             own = kind if values.ndim == 2 else GGMLQuantizationType.F32
-            writer.add_tensor(names.get_name(name, (".weight",)), gguf.quantize(np.ascontiguousarray(values), own), raw_dtype=own)
+            writer.add_tensor(
+                names.get_name(name, (".weight",)), gguf.quantize(np.ascontiguousarray(values), own), raw_dtype=own
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

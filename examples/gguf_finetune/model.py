@@ -109,8 +109,9 @@ class ByteLlama(pl.LightningModule):
         lr: Learning rate.
     """
 
-    def __init__(self, dim: int = 128, layers: int = 2, heads: int = 4, kv_heads: int = 2, hidden: int = 256,
-                 lr: float = 0.002) -> None:
+    def __init__(
+        self, dim: int = 128, layers: int = 2, heads: int = 4, kv_heads: int = 2, hidden: int = 256, lr: float = 0.002
+    ) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr

@@ -47,7 +47,9 @@ class BeforeAndAfter(Callback):
         total = count = 0
         for batch in trainer.datamodule.val_dataloader():  # type: ignore[attr-defined]
             batch = batch.to(module.device)
-            total += F.cross_entropy(module(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
+            total += F.cross_entropy(
+                module(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
+            ).item()
             count += batch[:, 1:].numel()
         loss = self.losses[when] = total / count
         generator = torch.Generator(module.device).manual_seed(0)

@@ -1,5 +1,6 @@
 """Pretrained weights from GGUF and safetensors files, decoded in place when they are needed."""
 
+from lightning_lrtt.weights._transforms import Transform
 from lightning_lrtt.weights.checkpoint import LazyCheckpoint
 from lightning_lrtt.weights.dequantize import dequantize_into
 from lightning_lrtt.weights.errors import CheckpointChangedError, CheckpointFormatError, CheckpointMismatchError
@@ -8,7 +9,6 @@ from lightning_lrtt.weights.pretrained import Pretrained
 from lightning_lrtt.weights.report import LoadReport
 from lightning_lrtt.weights.single_flight import SingleFlight
 from lightning_lrtt.weights.tensor import LazyTensor
-from lightning_lrtt.weights._transforms import Transform
 
 __all__ = [
     "CheckpointChangedError",

@@ -1,7 +1,7 @@
 """A strict parser of GGUF headers (versions 2 and 3, little-endian): nothing is allocated from a length in the file.
 
-Layout: magic, version, tensor count, metadata count; metadata (key, type, value); tensor infos (name, dimensions innermost
-first, type, offset); padding to ``general.alignment``; data. Source: the GGUF specification of ggml.
+Layout: magic, version, tensor count, metadata count; metadata (key, type, value); tensor infos (name, dimensions
+innermost first, type, offset); padding to ``general.alignment``; data. Source: the GGUF specification of ggml.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ from torch import nn
 
 from lightning_lrtt.nn import TileModule
 
-
 _TILE_OWN = ("A", "B", "tile_state", "tile_counts")
 
 

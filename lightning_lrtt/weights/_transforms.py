@@ -36,8 +36,8 @@ class Transform:
         count = source.shape[0]
         if count % (2 * self.heads):
             raise ValueError(
-                f"load_pretrained: rows of {source.name!r} must be whole pairs of {self.heads} heads, got {count}; check the "
-                "head counts in the file's metadata, or give transforms={}"
+                f"load_pretrained: rows of {source.name!r} must be whole pairs of {self.heads} heads, got {count}; "
+                "check the head counts in the file's metadata, or give transforms={}"
             )
         return torch.arange(count).view(self.heads, 2, -1).transpose(1, 2).reshape(-1)
 
@@ -47,8 +47,8 @@ class Transform:
         return ", ".join(said + ([f"{self.shift:+g}"] if self.shift else []))
 
 
-# By llama.cpp's converter (convert_hf_to_gguf.py): globs of names in the file and what undoes what it did. An architecture
-# that is not here may transform values in a way of its own.
+# By llama.cpp's converter (convert_hf_to_gguf.py): globs of names in the file and what undoes what it did. An
+# architecture that is not here may transform values in a way of its own.
 _NORM = {"*norm.weight": "minus_one"}
 ARCHITECTURES: dict[str, dict[str, str]] = {
     "llama": {"blk.*.attn_q.*": "q_rows", "blk.*.attn_k.*": "k_rows"},
@@ -73,7 +73,8 @@ def by_architecture(checkpoint: LazyCheckpoint, source: str) -> Transform:
     arch = checkpoint.architecture
     if arch not in ARCHITECTURES:
         raise ValueError(
-            f"load_pretrained: the file's architecture must be one whose value transforms are known ({', '.join(ARCHITECTURES)}), "
+            f"load_pretrained: the file's architecture must be one whose value transforms are known "
+            f"({', '.join(ARCHITECTURES)}), "
             f"got {arch!r}; if its tensors hold the module's values as they are, give transforms={{}}"
         )
     for pattern, what in ARCHITECTURES[arch].items():

@@ -67,8 +67,8 @@ class LazyCheckpoint(Mapping[str, LazyTensor]):
         """Read the header of a checkpoint; its kind is recognised by its first bytes.
 
         Args:
-            path: A .gguf file (of a split checkpoint the first one), a .safetensors file, the .index.json of several, or a
-                folder with ``model.safetensors`` or its index.
+            path: A .gguf file (of a split checkpoint the first one), a .safetensors file, the .index.json of several,
+                or a folder with ``model.safetensors`` or its index.
             verify: ``structure``: every rule about the header, before anything else is read. ``values``: also, whenever
                 a tensor is read, that its block scales are finite.
             sha256: Hexadecimal digest of the whole file (one file only), compared now.

@@ -16,10 +16,10 @@ def dequantize_into(
 ) -> Tensor:
     """Decode GGML blocks into ``out``, without a copy of the decoded values where ``out`` is float32 or bfloat16.
 
-    The values are those of ``gguf.quants`` to the bit, in bfloat16 rounded to nearest. F32, F16, BF16, Q4_0, Q4_1, Q5_0,
-    Q5_1, Q8_0, Q2_K to Q6_K and MXFP4 are decoded by the compiled core on up to ``torch.get_num_threads()`` threads, or on
-    the device: then the raw blocks are uploaded, which is 2 to 14 times less than the values. Other types go through
-    ``gguf.quants``.
+    The values are those of ``gguf.quants`` to the bit, in bfloat16 rounded to nearest. F32, F16, BF16, Q4_0, Q4_1,
+    Q5_0, Q5_1, Q8_0, Q2_K to Q6_K and MXFP4 are decoded by the compiled core on up to ``torch.get_num_threads()``
+    threads, or on the device: then the raw blocks are uploaded, which is 2 to 14 times less than the values. Other
+    types go through ``gguf.quants``.
 
     Args:
         out: ``[rows, columns]``, or any contiguous tensor, which counts as one row; any floating dtype, any device.

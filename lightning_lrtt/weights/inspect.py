@@ -108,8 +108,8 @@ def main(args: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="lrtt inspect",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Show the tensors of a GGUF or safetensors checkpoint, their types and sizes, and what would go where,\n"
-        "problems first. Only the header is read.",
+        description="Show the tensors of a GGUF or safetensors checkpoint, their types and sizes, and what would\n"
+        "go where, problems first. Only the header is read.",
         epilog="examples:\n  lrtt inspect model.gguf\n"
         "  lrtt inspect model.gguf --module examples.gguf_finetune.model.ByteLlama --init-args '{\"layers\": 2}'",
     )

@@ -21,9 +21,9 @@ _READERS = (nn.MultiheadAttention, nn.TransformerEncoder, nn.TransformerEncoderL
 class LazyFill:
     """Installs the hooks of a load that happens on first use, and removes each when its work is done.
 
-    A layer is filled before its first forward pass; saving (``state_dict``) or loading a state dict fills everything that
-    is left, so no file ever holds a parameter without values. Until then the first element of each parameter is NaN:
-    code that reads a weight around the layer's ``forward`` computes NaN instead of something quietly wrong.
+    A layer is filled before its first forward pass; saving (``state_dict``) or loading a state dict fills everything
+    that is left, so no file ever holds a parameter without values. Until then the first element of each parameter is
+    NaN: code that reads a weight around the layer's ``forward`` computes NaN instead of something quietly wrong.
 
     Args:
         module: Whose parameters are filled; none may be on meta any more.

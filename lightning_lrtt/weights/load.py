@@ -32,22 +32,22 @@ def load_pretrained(
 ) -> LoadReport:
     """Decode a checkpoint into the parameters of a module, in place and one after the other.
 
-    All names and shapes are resolved before any tensor is read. C of an LR-TT tile takes its digital layer's weight: it is
-    clipped to its device, and the factors start afresh, as when a digital state dict is loaded. A and B are not expected
-    in the file. Buffers are filled where the file has them.
+    All names and shapes are resolved before any tensor is read. C of an LR-TT tile takes its digital layer's weight:
+    it is clipped to its device, and the factors start afresh, as when a digital state dict is loaded. A and B are not
+    expected in the file. Buffers are filled where the file has them.
 
     Args:
         module: Tiles, digital layers, or both; parameters on the meta device get memory.
         checkpoint: An open one, or a path for `LazyCheckpoint.open`.
-        names: How a parameter's name leads to a tensor's. ``auto``: the same name, or through the ``gguf`` library's table
-            for the file's architecture, without a common beginning such as ``model.``. A dict from names to names (or to a
-            `LazyTensor`, such as rows of a fused one); a sequence of (regex, replacement), of which the first that is
-            found is applied; a callable. What a dict or the regexes leave out keeps its name.
+        names: How a parameter's name leads to a tensor's. ``auto``: the same name, or through the ``gguf`` library's
+            table for the file's architecture, without a common beginning such as ``model.``. A dict from names to names
+            (or to a `LazyTensor`, such as rows of a fused one); a sequence of (regex, replacement), of which the first
+            that is found is applied; a callable. What a dict or the regexes leave out keeps its name.
         strict: Raise if anything is missing, unexpected or of another shape; False loads what fits.
-        transforms: Glob on parameter names -> `Transform`, ``transpose``, ``minus_one`` or ``none``. None: what the file's
-            architecture needs (GGUF files of the llama family hold permuted rows of q and k); ``{}``: nothing.
-        output_scale: Divide weights beyond the mean bounds of a tile's device by a power of two that the tile multiplies its
-            output with.
+        transforms: Glob on parameter names -> `Transform`, ``transpose``, ``minus_one`` or ``none``. None: what the
+            file's architecture needs (GGUF files of the llama family hold permuted rows of q and k); ``{}``: nothing.
+        output_scale: Divide weights beyond the mean bounds of a tile's device by a power of two that the tile
+            multiplies its output with.
         device: Memory of parameters on meta; None: the CPU.
         progress: Called with the bytes of each tensor after it is loaded.
 
@@ -55,8 +55,8 @@ def load_pretrained(
         What was done.
 
     Raises:
-        CheckpointMismatchError: With ``strict``, one error that lists everything; always for a parameter on meta that the
-            file does not have.
+        CheckpointMismatchError: With ``strict``, one error that lists everything; always for a parameter on meta that
+            the file does not have.
         CheckpointFormatError: If the file breaks its format's rules.
         CheckpointChangedError: If it changes meanwhile.
         ValueError: If the value transforms of the file's architecture are unknown and none are given.

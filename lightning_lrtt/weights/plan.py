@@ -134,7 +134,7 @@ class LoadPlan:
 
 
 def _fitting_scale(tile: TileModule) -> float:
-    """The least power of two by which C must be divided to lie within its device's mean bounds; 1 if it does, or never will.
+    """The least power of two by which C must be divided to lie within its device's mean bounds; 1 if that never helps.
 
     A power of two, so that dividing and multiplying again are exact.
     """
@@ -153,9 +153,15 @@ def make_plan(
     output_scale: bool = True,
     uninitialised: list[str] | None = None,
 ) -> LoadPlan:
-    """Decide what goes where; see `load_pretrained`.
+    """Decide what goes where.
 
     Args:
+        module: See `load_pretrained`, also for the next five.
+        checkpoint: The file.
+        names: How names lead to tensors.
+        strict: Raise if anything is missing, unexpected or of another shape.
+        transforms: What is done to values.
+        output_scale: Scale weights beyond the bounds of a tile's device.
         uninitialised: Names that have no values yet (they were on the meta device): each must be in the file.
 
     Raises:
@@ -199,7 +205,8 @@ def make_plan(
         raise CheckpointMismatchError(_all_problems(checkpoint, missing, unexpected, mismatched))
     if lost:
         raise CheckpointMismatchError(
-            f"load_pretrained: tensors on the meta device must be in {checkpoint.path}, but are not: {', '.join(lost)}; build "
+            f"load_pretrained: tensors on the meta device must be in {checkpoint.path}, but are not: "
+            f"{', '.join(lost)}; build "
             "them with memory (outside of torch.device('meta')), or map them with names="
         )
     return LoadPlan(checkpoint, entries, missing, unexpected, mismatched, output_scale)

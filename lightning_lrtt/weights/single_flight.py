@@ -19,13 +19,13 @@ T = TypeVar("T")
 class SingleFlight(Generic[T]):
     """Runs a loader once for each key; whoever asks meanwhile waits for that result.
 
-    The lock guards the tables, never a load, so loads of different keys run side by side. A failure reaches all who wait
-    and is forgotten: the next call tries again. A value stays known as long as somebody holds it (weakly referenced);
-    beyond that the least recently used values are kept up to a budget of bytes.
+    The lock guards the tables, never a load, so loads of different keys run side by side. A failure reaches all who
+    wait and is forgotten: the next call tries again. A value stays known as long as somebody holds it (weakly
+    referenced); beyond that the least recently used values are kept up to a budget of bytes.
 
     Args:
-        budget: Bytes to keep for values that nobody holds. Only for clean, shared sources: what is handed out must not be
-            written to.
+        budget: Bytes to keep for values that nobody holds. Only for clean, shared sources: what is handed out must not
+            be written to.
 
     Attributes:
         counts: How many calls were ``loads``, ``hits`` (known value), ``joined`` (waited for another's load),

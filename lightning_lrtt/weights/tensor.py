@@ -114,7 +114,7 @@ class LazyTensor:
         return out
 
     def load(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded tensor, shared: who asks while somebody holds it, or while it is being loaded, gets the same object.
+        """The decoded tensor, shared: who asks while it is held or being loaded gets the same object.
 
         Args:
             device: Where to; None: the CPU.
