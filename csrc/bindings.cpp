@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "bindings_weights.h"
 #include "cpu/kernels.h"
 #ifdef LRTT_WITH_CUDA
 #include "cuda/kernels.h"
@@ -255,6 +256,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   bind_io(m);
+  bind_weights(m);
 
   // Single numbers of the shared header, for tests and plots.
   m.def("philox", [](uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {

@@ -15,9 +15,11 @@ from typing_extensions import override
 import lightning_lrtt.callbacks
 import lightning_lrtt.devices  # noqa: F401  short names in YAML: SoftBounds
 from lightning_lrtt import LRTT, LRTTStrategy, device_command, export  # noqa: F401  short names in YAML
+from lightning_lrtt.weights import inspect
 
 _EPILOG = ("Besides: `lrtt export CHECKPOINT --to FILE` makes a digital checkpoint of one with tiles, "
-           "`lrtt device NAME --plot FILE` draws what a device does (each has --help).")
+           "`lrtt device NAME --plot FILE` draws what a device does, `lrtt inspect FILE` shows the tensors of a GGUF or "
+           "safetensors file and where they would go (each has --help).")
 
 
 class LRTTCLI(LightningCLI):
@@ -44,7 +46,7 @@ class LRTTCLI(LightningCLI):
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Entry point of the ``lrtt`` command: LightningCLI's subcommands, and two that need no Trainer.
+    """Entry point of the ``lrtt`` command: LightningCLI's subcommands, and some that need no Trainer.
 
     Args:
         args: Command line without the program name; None reads ``sys.argv``.
@@ -59,7 +61,7 @@ def main(args: Sequence[str] | None = None) -> None:
     # Lightning 2.6 under torch 2.13 warns about its own use of torch's pytree.
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning)
     words = sys.argv[1:] if args is None else list(args)
-    beside = {"export": export.main, "device": device_command.main}
+    beside = {"export": export.main, "device": device_command.main, "inspect": inspect.main}
     if words and words[0] in beside:
         beside[words[0]](words[1:])
     else:

@@ -20,7 +20,8 @@ from lightning_lrtt.nn import identity
 __all__ = ["digital_state_dict", "export_checkpoint"]
 
 log = logging.getLogger(__name__)
-_OWN = ("A", "B", "tile_state", "tile_counts", "tile_reads", "A_cells", "B_cells", "C_cells", "_extra_state")
+_OWN = ("A", "B", "tile_state", "tile_counts", "tile_reads", "A_cells", "B_cells", "C_cells", "output_scale",
+        "_extra_state")
 _SUFFIXES = (".safetensors", ".pt")
 
 
@@ -60,6 +61,8 @@ def digital_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
                               "give the whole state dict")
         said = identity.decode(own["_extra_state"])
         weight = _effective(digital[prefix + "weight"], own["A"], own["B"], said["alpha"])
+        if own["output_scale"] is not None:
+            weight = weight * own["output_scale"]
         digital[prefix + "weight"] = weight.t().contiguous() if said["transposed"] else weight
     return digital
 

@@ -42,6 +42,7 @@ def effective_weights(averaged: nn.Module, model: nn.Module) -> Iterator[None]:
     shown = [(tile, tile._parameters, tile._buffers) for pair in pairs for tile in pair]
     try:
         for copy, original in pairs:
+            _rescale(copy, None)
             _show(copy, copy.weight)
             _show(original, nn.Parameter(original.effective_weight(), requires_grad=False))
         yield
@@ -60,6 +61,7 @@ def effective_weights(averaged: nn.Module, model: nn.Module) -> Iterator[None]:
                 copy.tile_counts.copy_(original.tile_counts)
                 if copy.tile_reads is not None and original.tile_reads is not None:
                     copy.tile_reads.copy_(original.tile_reads)
+                _rescale(copy, original.output_scale)
 
 
 def average_effective_weights(averaged: AveragedModel) -> AveragedModel:
@@ -96,6 +98,16 @@ def _hold(w: Tensor, cells: Tensor | None) -> None:
     """Let the cells hold what is read, exactly: an average was never written to a device."""
     if cells is not None:
         cells.copy_(w if len(cells) == 1 else torch.stack([w.clamp(min=0), (-w).clamp(min=0)]))
+
+
+def _rescale(tile: TileModule, scale: Tensor | None) -> None:
+    """Change the output scale of a tile with A = 0 and leave its effective weight; exact for powers of two."""
+    with torch.no_grad():
+        if tile.output_scale is not None:
+            tile.weight.mul_(tile.output_scale)
+        tile.output_scale = None if scale is None else scale.clone()
+        if scale is not None:
+            tile.weight.div_(scale)
 
 
 def _show(tile: TileModule, weight: nn.Parameter) -> None:

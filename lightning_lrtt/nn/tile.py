@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -118,6 +119,8 @@ class TileModule(nn.Module):
         self.first_sample = 0  # index of the first sample of a batch in the converters' noise
         self.io_numbers = () if config.io is None else (
             config.io.pack(), (config.io_backward or config.io).pack(backward=True))
+        self.output_scale: Tensor | None
+        self.register_buffer("output_scale", None)  # `set_output_scale`; in the state dict only where there is one
         self.hyper = config.pack(k)
         self.latch = Latch()
         self._link()
@@ -244,10 +247,52 @@ class TileModule(nn.Module):
         torch.ops.lrtt.reset_cells_(w, self.tile_state, self.hyper, which, first, max(first, last), float(probability), number,
                                     self.cells(which))
 
+    def restart(self) -> int:
+        """After a digital weight was written into C: clip it to its device, A = 0, fresh B, a new cycle.
+
+        Returns:
+            How many cells were clipped or stand at a bound.
+        """
+        at_bound = self.write_visible()
+        with torch.no_grad():
+            self.tile_state[CYCLE] += 1
+        self.reset_factors()
+        return at_bound
+
+    def bounds(self) -> tuple[float, float]:
+        """Mean lower and upper bound of the cells of C; infinite without a device."""
+        device = self.config.visible_device
+        if device is None:
+            return -math.inf, math.inf
+        numbers = device.numbers()
+        return numbers["w_min"], numbers["w_max"]
+
+    def materialize(self, device: torch.device) -> None:
+        """Give a tile on the meta device memory, with fresh counters; C, A, B and bias are not initialised."""
+        self.to_empty(device=device, recurse=False)
+        with torch.no_grad():
+            self.tile_state.copy_(self._fresh_state())
+            self.tile_counts.copy_(_fresh_counts())
+            if self.tile_reads is not None:
+                self.tile_reads.zero_()
+
+    def set_output_scale(self, scale: float | None) -> None:
+        """Let the tile apply ``scale (C + alpha A B)``: so weights beyond the bounds of a device fit into it.
+
+        The factors' gradients contain the scale. In a state dict it is the buffer ``output_scale``.
+
+        Args:
+            scale: Finite and > 0; None: no scale.
+        """
+        if scale is not None:
+            _check.number(type(self).__name__, "output_scale", scale, above=0.0)
+        self.output_scale = None if scale is None else self.weight.new_tensor(scale)
+
     def effective_weight(self) -> Tensor:
-        """``C + alpha A B`` in the shape of ``weight``: the matrix that the layer applies."""
+        """``C + alpha A B``, times the output scale, in the shape of ``weight``: the matrix that the layer applies."""
         a, b = self.factors()
-        return torch.addmm(self.matrix, a, b, alpha=self.config.alpha).view(self.weight.shape)
+        weight = torch.addmm(self.matrix, a, b, alpha=self.config.alpha).view(self.weight.shape)
+        return weight if self.output_scale is None else weight * self.output_scale
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -324,6 +369,8 @@ class TileModule(nn.Module):
             y = latched_read(self, x)
         else:
             y = digital_read(self, x)
+        if self.output_scale is not None:
+            y = y * self.output_scale.to(y.dtype)
         return y if self.bias is None else self.add_bias(y)
 
     # -------------------------------------------------------------- links, copies, loading
@@ -365,6 +412,8 @@ class TileModule(nn.Module):
                 f"{type(self).__name__} {prefix.removesuffix('.')!r}: the checkpoint's tile must be the module's, but "
                 f"{'; '.join(wrong)}. Convert with the checkpoint's numbers, or load what `lrtt export` makes of it")
             return
+        if not digital and (prefix + "output_scale" in state_dict) != (self.output_scale is not None):
+            self.set_output_scale(None if self.output_scale is not None else 1.0)  # an LR-TT checkpoint brings its own or none
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._link()
         # Digital or old; converters are no part of what a checkpoint must agree with.
@@ -372,11 +421,11 @@ class TileModule(nn.Module):
         missing_keys[:] = [name for name in missing_keys if name not in optional]
         unexpected_keys[:] = [name for name in unexpected_keys if name != prefix + "tile_reads"]
         if digital:  # a digital checkpoint starts fresh factors
-            missing_keys[:] = [name for name in missing_keys if name not in own]
-            self.write_visible()
-            with torch.no_grad():
-                self.tile_state[CYCLE] += 1
-            self.reset_factors()
+            missing_keys[:] = [name for name in missing_keys if name not in (*own, prefix + "output_scale")]
+            if self.output_scale is not None and not self.weight.is_meta:
+                with torch.no_grad():
+                    self.weight.div_(self.output_scale)
+            self.restart()
 
     def description(self) -> dict[str, Any]:
         """What a checkpoint must agree with: rank, alpha, devices and layout."""

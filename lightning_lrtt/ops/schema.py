@@ -92,6 +92,9 @@ library.define(
     "io_output_(Tensor(a!) y, Tensor acc, Tensor per, Tensor ticket, Tensor state, Tensor io, int array, int round, "
     "int first_sample, Tensor? pending) -> Tensor"
 )
+# Decodes GGML blocks: blocks uint8 [rows * bytes of a row], out [rows, columns] float32 or bfloat16 with unit stride in a
+# row; row i goes to row rows[i] of out (int64 [rows], each of them once; None: row i).
+library.define("dequantize_(Tensor(a!) out, Tensor blocks, int type, Tensor? rows) -> ()")
 
 
 def planes(hyper: Tensor, array: int) -> int:
@@ -157,6 +160,8 @@ def _(w, state, hyper, array, write, cells=None):  # type: ignore[no-untyped-def
 @torch.library.register_fake("lrtt::reset_cells_", lib=library)
 def _(w, state, hyper, array, first, last, share, number, cells=None):  # type: ignore[no-untyped-def]
     return None
+
+
 @torch.library.register_fake("lrtt::io_ticket_", lib=library)
 def _(reads, evaluation):  # type: ignore[no-untyped-def]
     return reads.new_empty(())
@@ -179,6 +184,11 @@ def _(y, acc, per, ticket, state, io, array, round, first_sample, pending):  # t
     torch._check(y.shape == acc.shape and acc.dim() == 2,
                  lambda: f"io_output_: y and acc must be [N, d], got {list(y.shape)} and {list(acc.shape)}")
     return acc.new_empty(acc.shape[0], dtype=torch.int32)
+
+
+@torch.library.register_fake("lrtt::dequantize_", lib=library)
+def _(out, blocks, type, rows):  # type: ignore[no-untyped-def]
+    torch._check(out.dim() == 2, lambda: f"dequantize_: out must be [rows, columns], got {list(out.shape)}")
 
 
 def _check_tiles(op: str, a_list: list[Tensor], b_list: list[Tensor], c_list: list[Tensor]) -> None:

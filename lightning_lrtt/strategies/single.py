@@ -24,8 +24,10 @@ from lightning_lrtt.nn import convert_to_lrtt, find_tiles
 from lightning_lrtt.nn.convert import PatternError
 from lightning_lrtt.optim import LRTT, reduced, takes_closure, tiles_of
 from lightning_lrtt.strategies.averaging import average_by_effective_weights, averaged_copies
+from lightning_lrtt.strategies.bars import bar_of
 from lightning_lrtt.strategies.resume import AtomicCheckpointIO, collect_rng, restore_rng
 from lightning_lrtt.strategies.seams import ExecutorSeams
+from lightning_lrtt.weights import Pretrained
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ class LRTTStrategy(ExecutorSeams, SingleDeviceStrategy):
         include: Globs of qualified layer names to convert; None: all.
         exclude: Globs of qualified layer names that stay digital.
         tile_lr_scale: Factor on the configured lr for tiles.
+        pretrained: A GGUF or safetensors file to start from, or a `Pretrained` with more to say. It is read at setup, on
+            the root device; a run that goes on from a checkpoint (``ckpt_path``) does not read it.
         on_nonfinite: ``raise`` at the next logging step or epoch end when an operand of an update was not finite, or
             ``skip``.
         accelerator: Set by the Trainer.
@@ -68,6 +72,7 @@ class LRTTStrategy(ExecutorSeams, SingleDeviceStrategy):
         exclude: Sequence[str] | None = None,
         tile_lr_scale: float = 1.0,
         on_nonfinite: Literal["raise", "skip"] = "raise",
+        pretrained: str | Pretrained | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
@@ -76,6 +81,7 @@ class LRTTStrategy(ExecutorSeams, SingleDeviceStrategy):
         self.config = LRTTConfig() if config is None else config
         self.include, self.exclude = include, exclude
         self.tile_lr_scale, self.on_nonfinite = tile_lr_scale, on_nonfinite
+        self.pretrained = Pretrained(pretrained) if isinstance(pretrained, str) else pretrained
         self._parallel_devices: list[torch.device] | None = None
         self._undo_averaging: Callable[[], None] | None = None
 
@@ -133,6 +139,8 @@ class LRTTStrategy(ExecutorSeams, SingleDeviceStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         self._convert(self.lightning_module)  # checkpoints load before the strategy's setup
         self._convert_copies()
+        if self.pretrained is not None:
+            self.pretrained.restored(self.lightning_module, self.root_device)
         super().load_model_state_dict(checkpoint, strict)
 
     @override
@@ -140,6 +148,8 @@ class LRTTStrategy(ExecutorSeams, SingleDeviceStrategy):
         self._convert(self.lightning_module)
         self._convert_copies()
         self._refuse(trainer)
+        if self.pretrained is not None:  # before optimizers exist and before anything is wrapped
+            self.pretrained.apply(self.lightning_module, self.root_device, bar_of(trainer))
         self._restore_averaging()
         self._undo_averaging = average_by_effective_weights(trainer.callbacks)  # type: ignore[attr-defined]
         super().setup(trainer)
@@ -147,8 +157,15 @@ class LRTTStrategy(ExecutorSeams, SingleDeviceStrategy):
     @override
     def teardown(self) -> None:
         self.executor = None  # a recorded step holds addresses that are about to move
+        if self.pretrained is not None:
+            self.pretrained.stop()
         self._restore_averaging()
+        module = self.lightning_module
+        if module is not None and any(p.is_meta for p in module.parameters()):
+            # A setup that failed before they had memory: moving them would raise, in place of the error that says why.
+            self._lightning_module = None
         super().teardown()
+        self._lightning_module = module
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:

@@ -1,0 +1,212 @@
+"""A tensor that stays in its file until it is asked for."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_lrtt.weights._file import CheckpointFile
+from lightning_lrtt.weights._types import TensorType, can_decode
+from lightning_lrtt.weights.dequantize import dequantize_into
+from lightning_lrtt.weights.errors import CheckpointFormatError
+from lightning_lrtt.weights.single_flight import SingleFlight
+
+log = logging.getLogger(__name__)
+_PIECE = 4 << 20  # bytes read at once: what is between file and parameter, whatever the tensor's size
+
+
+@dataclass(frozen=True, eq=False)
+class LazyTensor:
+    """A tensor of a checkpoint; nothing is read before `into` or `load`.
+
+    Attributes:
+        name: Its name in the file.
+        shape: In torch's order.
+        type: How it is stored.
+        nbytes: Bytes in the file.
+        position: Where they begin.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    type: TensorType
+    nbytes: int
+    position: int
+    _file: CheckpointFile = field(repr=False)
+    _flight: SingleFlight[Tensor] = field(repr=False)
+    _verify_values: bool = field(default=False, repr=False)
+
+    def numel(self) -> int:
+        """Number of elements."""
+        return self.nbytes // self.type.width * self.type.block
+
+    def __len__(self) -> int:
+        return self.shape[0] if self.shape else 0
+
+    def __getitem__(self, rows: slice) -> LazyTensor:
+        """A range of rows (of the first dimension), as lazy as the whole.
+
+        Raises:
+            TypeError: If it is no slice of step 1.
+            ValueError: If it is empty, or cuts a block.
+        """
+        if not isinstance(rows, slice) or rows.step not in (None, 1) or not self.shape:
+            raise TypeError(f"LazyTensor: {self.name!r} takes slices of step 1 of its first dimension, got {rows!r}")
+        first, last, _ = rows.indices(self.shape[0])
+        each = self.numel() // self.shape[0]
+        if last <= first or first * each % self.type.block or last * each % self.type.block:
+            raise ValueError(
+                f"LazyTensor: rows of {self.name!r} {list(self.shape)} must be a range that begins and ends with a "
+                f"block of {self.type.block}, got {first}:{last}"
+            )
+        width = each * self.type.width / self.type.block
+        return replace(
+            self,
+            shape=(last - first, *self.shape[1:]),
+            nbytes=int((last - first) * width),
+            position=self.position + int(first * width),
+        )
+
+    # -------------------------------------------------------------- reading
+
+    def into(self, out: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Decode into existing memory.
+
+        Args:
+            out: A tensor of this shape; any floating dtype (or the stored one), device and strides.
+            rows: Put row i of the file (all dimensions but the last make rows) at row ``rows[i]``; int64.
+
+        Returns:
+            ``out``.
+
+        Raises:
+            ValueError: If the shape differs, or nothing decodes the type.
+            CheckpointChangedError: If the file is not the one that was opened.
+            CheckpointFormatError: With ``verify="values"``, if a scale is not finite; then ``out`` is untouched.
+        """
+        if tuple(out.shape) != self.shape:
+            raise ValueError(
+                f"LazyTensor: out must have the shape {list(self.shape)} of {self.name!r}, got {list(out.shape)}"
+            )
+        if not can_decode(self.type):
+            raise ValueError(f"LazyTensor: {self.name!r} must have a type that can be decoded, got {self.type}")
+        start = time.perf_counter()
+        if self._verify_values:
+            self.verify_values()
+        with torch.no_grad():
+            self._fill(out.detach(), rows)
+        log.debug(
+            "loaded %s %s %s: %d bytes in %.2f ms to %s %s",
+            self.name,
+            list(self.shape),
+            self.type,
+            self.nbytes,
+            1e3 * (time.perf_counter() - start),
+            out.device,
+            str(out.dtype).removeprefix("torch."),
+        )
+        return out
+
+    def load(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """The decoded tensor, shared: who asks while it is held or being loaded gets the same object.
+
+        Args:
+            device: Where to; None: the CPU.
+            dtype: None: float32 for blocks, otherwise the stored one.
+
+        Returns:
+            A tensor that must not be written to; clone it, or use `into`.
+        """
+        target = torch.device("cpu" if device is None else device)
+        kind = dtype or self.type.plain or torch.float32
+        key = (self._file.identity, self.name, self.position, self.nbytes, kind, str(target))
+        return self._flight.do(key, lambda: self.into(torch.empty(self.shape, dtype=kind, device=target)))
+
+    def verify_values(self) -> None:
+        """Look at every block's scales, or at the numbers of a type without blocks.
+
+        Raises:
+            CheckpointFormatError: At the first that is not finite, with its byte position.
+        """
+        unit = self.type.width
+        for first, raw in self._pieces(unit):
+            blocks = raw.numpy().reshape(-1, unit)
+            bad = np.zeros(len(blocks), bool)
+            for at in self.type.half_scales:
+                bad |= blocks[:, at : at + 2].copy().view("<u2")[:, 0] & 0x7C00 == 0x7C00
+            if self.type.name == "MXFP4":
+                bad |= blocks[:, 0] == 255
+            elif self.type.plain is not None and self.type.plain.is_floating_point and not self.type.half_scales:
+                bad |= ~torch.isfinite(raw.view(self.type.plain).float()).numpy()
+            elif not self.type.half_scales:
+                values = torch.empty(len(blocks), self.type.block)
+                bad |= ~torch.isfinite(dequantize_into(values, raw, self.type)).all(1).numpy()
+            if bad.any():
+                position = self.position + (first + int(bad.argmax())) * unit
+                raise CheckpointFormatError(
+                    self._file.path,
+                    f"tensor {self.name!r}",
+                    position,
+                    f"the scale of a {self.type} block must be finite, but is not",
+                )
+
+    def _pieces(self, unit: int) -> Iterator[tuple[int, Tensor]]:
+        """(index of the first unit, raw bytes) of pieces of whole units, in one buffer that is used again."""
+        count = max(1, _PIECE // unit)
+        total = self.nbytes // unit
+        buffer = torch.empty(min(count, total) * unit, dtype=torch.uint8)
+        for first in range(0, total, count):
+            piece = buffer[: min(count, total - first) * unit]
+            self._file.read_into(piece.numpy(), self.position + first * unit)
+            yield first, piece
+
+    def _fill(self, out: Tensor, rows: Tensor | None) -> None:
+        if not self.nbytes:
+            return
+        direct = rows is None and out.is_contiguous()
+        if direct and out.is_cpu and out.dtype == self.type.plain:
+            self._file.read_into(out.view(-1).view(torch.uint8).numpy(), self.position)
+            return
+        # Whole blocks of a flat out, or whole rows where rows move or out is strided.
+        columns = self.shape[-1] if self.shape else 1
+        unit = self.type.width if direct else columns // self.type.block * self.type.width
+        size = self.type.block if direct else columns
+        matrix = out.view(-1, size) if direct else out.reshape(-1, columns) if out.dim() != 2 else out
+        if not direct and out.dim() != 2 and matrix.data_ptr() != out.data_ptr():
+            raise ValueError(
+                f"LazyTensor: out of {self.name!r} must be contiguous where it has other than two dimensions, got "
+                f"strides {out.stride()}"
+            )
+        pieces = _uploads(self._pieces(unit), out.device) if out.is_cuda else self._pieces(unit)
+        for first, raw in pieces:
+            count = raw.numel() // unit
+            if rows is not None:
+                dequantize_into(matrix, raw, self.type, rows[first : first + count])
+            elif direct:
+                dequantize_into(matrix[first : first + count].view(1, -1), raw, self.type)
+            else:
+                dequantize_into(matrix[first : first + count], raw, self.type)
+
+
+def _uploads(pieces: Iterator[tuple[int, Tensor]], device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """The pieces on the device, through two pinned buffers: one is copied to while the other is on its way."""
+    buffers: list[Tensor] = []
+    events = [torch.cuda.Event(), torch.cuda.Event()]
+    for i, (first, raw) in enumerate(pieces):
+        if len(buffers) < 2:
+            buffers.append(torch.empty(raw.numel(), dtype=torch.uint8, pin_memory=True))
+        else:
+            events[i % 2].synchronize()
+        pinned = buffers[i % 2][: raw.numel()]
+        pinned.copy_(raw)
+        uploaded = pinned.to(device, non_blocking=True)
+        events[i % 2].record(torch.cuda.current_stream(device))
+        yield first, uploaded
+    for event in events[: len(buffers)]:
+        event.synchronize()  # the buffers go back to the allocator

@@ -1,0 +1,640 @@
+"""Pretrained weights in Lightning: the strategy's pretrained=, PretrainedInit, lazy filling, resume, DDP, inspect."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from gguf import GGMLQuantizationType as Kind
+from helpers import same_bits
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_lrtt.callbacks import PretrainedInit
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+from weights_helpers import VOCAB, Llama, write_llama
+
+from lightning_lrtt import LRTTConfig, LRTTStrategy, ResumableLoader, devices
+from lightning_lrtt.cli import main
+from lightning_lrtt.nn import find_tiles
+from lightning_lrtt.weights import (
+    CheckpointChangedError,
+    CheckpointFormatError,
+    CheckpointMismatchError,
+    LazyCheckpoint,
+    Pretrained,
+)
+from lightning_lrtt.weights.lazy_fill import LazyFill
+from lightning_lrtt.weights.plan import make_plan
+
+SOFT = devices.SoftBounds(dw_min=0.002, w_max=1.0, w_min=-1.0)
+CONFIGS = {
+    "digital": LRTTConfig(rank=2, transfer_every=4),
+    "pulsed": LRTTConfig(rank=2, transfer_every=4, reinit_gain=1.0, fast_device=SOFT, visible_device=SOFT),
+}
+MODES = ["progressive", "lazy", "prefetch"]
+modes = pytest.mark.parametrize("mode", MODES)
+
+
+class Net(pl.LightningModule):
+    """A small Llama; ``where``: built at once, on meta, or in configure_model, with or without memory."""
+
+    def __init__(self, where: str = "init") -> None:
+        super().__init__()
+        self.where = where
+        if not where.startswith("configure"):
+            with torch.device("meta" if where == "meta" else "cpu"):
+                self.net = Llama(tied=False)
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            with torch.device("meta" if self.where == "configure-meta" else "cpu"):
+                self.net = Llama(tied=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self.training_step(batch, batch_idx))
+
+    test_step = validation_step
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.02)
+
+
+def dataset(batches: int = 6) -> TensorDataset:
+    """Random tokens."""
+    tokens = torch.randint(VOCAB, (2 * batches, 9), generator=torch.Generator().manual_seed(1))
+    return TensorDataset(tokens[:, :-1], tokens[:, 1:])
+
+
+def loader(batches: int = 6) -> DataLoader:
+    """In order."""
+    return DataLoader(dataset(batches), batch_size=2)
+
+
+class Seen(Callback):
+    """The weights at the start of training, and how many parameters were pending then."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Tensor] = {}
+        self.pending = -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        self.pending = len(strategy.pretrained.pending)
+        if not self.pending:
+            self.weights = {name: tile.effective_weight().clone() for name, tile in find_tiles(pl_module).items()}
+
+
+def trainer(folder: Path, strategy: Any, callbacks: list[Any] | None = None, **kwargs: Any) -> pl.Trainer:
+    """A quiet one."""
+    defaults = {
+        "max_epochs": 1,
+        "enable_progress_bar": False,
+        "enable_checkpointing": bool(callbacks),
+        "logger": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "default_root_dir": folder,
+    }
+    return pl.Trainer(strategy=strategy, callbacks=callbacks, **(defaults | kwargs))
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> tuple[str, dict[str, Tensor]]:
+    """A GGUF file and its weights."""
+    expected = write_llama(tmp_path / "llama.gguf")
+    return str(tmp_path / "llama.gguf"), expected
+
+
+def assert_starts(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert len(weights) == 11
+    for name, value in weights.items():
+        assert torch.equal(value, expected[name.removeprefix("net.") + ".weight"]), name
+
+
+# ------------------------------------------------------------------ where and when
+
+
+@pytest.mark.parametrize("where", ["init", "meta", "configure", "configure-meta"])
+@modes
+def test_the_strategy_fills_every_kind_of_module(where: str, mode: Any, tmp_path: Path, llama: Any) -> None:
+    path, expected = llama
+    seen, module = Seen(), Net(where)
+    strategy = LRTTStrategy(CONFIGS["digital"], pretrained=Pretrained(path, mode))
+    torch.manual_seed(0)
+    trainer(tmp_path, strategy, [seen]).fit(module, loader())
+    if mode == "progressive":
+        assert_starts(seen.weights, expected)
+    elif mode == "lazy":
+        assert seen.pending == len(expected)
+    assert not strategy.pretrained.pending
+    assert strategy.pretrained.report is not None
+    assert set(strategy.pretrained.report.loaded) == {"net." + name for name in expected}
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_modes_and_ways_end_alike(config: str, tmp_path: Path, llama: Any) -> None:
+    """Six steps: progressive, lazy, prefetch, the callback and a path in the strategy give the same bits."""
+    ways: list[tuple[Any, list[Any]]] = [(Pretrained(llama[0], mode), []) for mode in MODES]
+    ways += [(llama[0], []), (None, [PretrainedInit(llama[0])]), (None, [PretrainedInit(llama[0], "lazy")])]
+    states = []
+    for pretrained, callbacks in ways:
+        torch.manual_seed(0)
+        module = Net()
+        trainer(
+            tmp_path, LRTTStrategy(CONFIGS[config], pretrained=pretrained), callbacks, enable_checkpointing=False
+        ).fit(module, loader())
+        states.append(module.state_dict())
+    for state in states[1:]:
+        assert all(same_bits(value, states[0][name]) for name, value in state.items())
+
+
+@modes
+@pytest.mark.parametrize("config", CONFIGS)
+def test_resume_is_exact_and_does_not_refill(config: str, mode: Any, tmp_path: Path, llama: Any) -> None:
+    """Two epochs, against one, its checkpoint and another; the file is gone when the run goes on."""
+
+    def run(folder: Path, epochs: int, ckpt_path: Any = None) -> dict[str, Any]:
+        torch.manual_seed(0 if ckpt_path is None else 99)
+        strategy = LRTTStrategy(CONFIGS[config], pretrained=Pretrained(llama[0], mode))
+        fit = trainer(folder, strategy, max_epochs=epochs)
+        where = "configure-meta" if ckpt_path is not None else "init"  # a resumed module may be without memory
+        fit.fit(Net(where), ResumableLoader(dataset(), batch_size=2, seed=5), ckpt_path=ckpt_path, weights_only=True)
+        if ckpt_path is not None:
+            assert strategy.pretrained is not None
+            assert strategy.pretrained.report is None
+        fit.save_checkpoint(folder / "end.ckpt")
+        return torch.load(folder / "end.ckpt", weights_only=True)
+
+    whole = run(tmp_path / "whole", 2)
+    run(tmp_path / "half", 1)
+    os.rename(llama[0], llama[0] + ".gone")
+    rest = run(tmp_path / "rest", 2, tmp_path / "half" / "end.ckpt")
+    assert whole["global_step"] == rest["global_step"] == 12
+    for name, value in whole["state_dict"].items():
+        assert same_bits(value, rest["state_dict"][name]), name
+
+
+class WithExpert(Net):
+    """One layer is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 3)
+
+
+@pytest.mark.parametrize("mode", ["lazy", "prefetch"])
+def test_saving_fills_what_is_pending(mode: Any, tmp_path: Path) -> None:
+    """The layer that is never called is loaded by the save, not before; nothing is meta, garbage or NaN."""
+    state = {name: value + 1 for name, value in WithExpert().state_dict().items()}
+    save_file(state, tmp_path / "a.safetensors")
+    for meta in (False, True):
+        with torch.device("meta" if meta else "cpu"):
+            module = WithExpert()
+        strategy = LRTTStrategy(CONFIGS["digital"], pretrained=Pretrained(str(tmp_path / "a.safetensors"), mode))
+        fit = trainer(tmp_path, strategy)
+        fit.fit(module, loader())
+        if mode == "lazy":
+            assert strategy.pretrained.pending == ["unused.weight", "unused.bias"]
+        fit.save_checkpoint(tmp_path / "end.ckpt")
+        assert not strategy.pretrained.pending
+        saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
+        assert not any(value.is_meta for value in saved.values())
+        assert torch.equal(saved["unused.weight"], state["unused.weight"])
+        assert torch.equal(saved["unused.bias"], state["unused.bias"])
+        assert all(value.isfinite().all() for value in saved.values())
+
+
+def test_it_is_filled_once_however_often_the_trainer_sets_up(tmp_path: Path, llama: Any) -> None:
+    module = Net()
+    fit = trainer(tmp_path, LRTTStrategy(CONFIGS["digital"], pretrained=llama[0]), max_epochs=1)
+    before = fit.validate(module, loader(), verbose=False)[0]["val/loss"]
+    fit.fit(module, loader())
+    after = fit.validate(module, loader(), verbose=False)[0]["val/loss"]
+    assert after != before  # a refill would undo the training
+    trained = copy.deepcopy(module.state_dict())
+    fit.test(module, loader(), verbose=False)
+    assert all(same_bits(value, trained[name]) for name, value in module.state_dict().items())
+
+
+@modes
+def test_a_tested_checkpoint_is_not_overwritten(mode: Any, tmp_path: Path, llama: Any) -> None:
+    fit = trainer(tmp_path, LRTTStrategy(CONFIGS["digital"], pretrained=Pretrained(llama[0], mode)))
+    module = Net()
+    fit.fit(module, loader())
+    loss = fit.validate(module, loader(), verbose=False)[0]["val/loss"]
+    fit.save_checkpoint(tmp_path / "end.ckpt")
+    other = trainer(tmp_path, LRTTStrategy(CONFIGS["digital"], pretrained=Pretrained(llama[0], mode)))
+    assert (
+        other.validate(Net(), loader(), ckpt_path=tmp_path / "end.ckpt", weights_only=True, verbose=False)[0][
+            "val/loss"
+        ]
+        == loss
+    )
+
+
+def test_bounded_tiles_get_a_scale_and_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_llama(tmp_path / "a.gguf", scale=1.0)
+    config = LRTTConfig(rank=2, reinit_gain=1.0, visible_device=devices.SoftBounds(w_max=0.6, w_min=-0.6))
+    strategy = LRTTStrategy(config, pretrained=str(tmp_path / "a.gguf"))
+    with caplog.at_level(logging.INFO, "lightning_lrtt"):
+        trainer(tmp_path, strategy).fit(Net(), loader(1))
+    report = strategy.pretrained.report
+    assert report is not None
+    assert len(report.output_scales) == 11
+    assert set(report.output_scales.values()) <= {4.0, 8.0}
+    assert len(report.clipped) == 11
+    # Bounds vary by 30%: a weight at 3 sigma of 8 (0.375 of 0.6) is clipped in a tenth of the cells, most are small.
+    assert all(0 < share < 0.1 for share in report.clipped.values())
+    assert "at or beyond their devices' bounds in 11 tiles" in caplog.text
+
+
+def test_averages_start_from_the_pretrained_weights(tmp_path: Path, llama: Any) -> None:
+    """EMA copies the model before the strategy's setup, from which the weights come."""
+    path, expected = llama
+    fit = trainer(
+        tmp_path,
+        LRTTStrategy(CONFIGS["digital"], pretrained=path),
+        [EMAWeightAveraging(decay=0.5), ModelCheckpoint(tmp_path, save_last=True)],
+    )
+    module = Net()
+    fit.fit(module, loader())
+    averaged = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(averaged["net.lm_head.weight"], module.net.lm_head.weight)
+    # Weights have a standard deviation of 0.1, those of the random start 0.07; six small steps move them by less.
+    distance = (averaged["net.lm_head.weight"] - expected["lm_head.weight"]).abs().mean()
+    assert 0 < distance < 0.02
+
+
+# ------------------------------------------------------------------ the lazy fill itself
+
+
+def lazily(module: nn.Module, path: str) -> LazyFill:
+    """Hooks on the module."""
+    return LazyFill(module, make_plan(module, LazyCheckpoint.open(path)), lambda: None)
+
+
+def test_layers_are_loaded_when_they_are_called(llama: Any) -> None:
+    path, expected = llama
+    module = Llama()
+    fill = lazily(module, path)
+    assert len(fill.pending) == len(expected)
+    assert module.lm_head.weight[0, 0].isnan()  # read around the forward pass it says so
+    module.model.layers[1].mlp(torch.zeros(1, 64))
+    assert set(expected) - set(fill.pending) == {
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.1.mlp.down_proj.weight",
+    }
+    assert torch.equal(module.model.layers[1].mlp.up_proj.weight, expected["model.layers.1.mlp.up_proj.weight"])
+    module.model.norm.state_dict()  # a part that is saved is a part that is filled
+    assert "model.norm.weight" not in fill.pending
+    module(torch.zeros(1, 3, dtype=torch.int64))
+    assert not fill.pending
+    for layer in module.modules():
+        assert not layer._forward_pre_hooks
+        assert not layer._state_dict_pre_hooks
+        assert not layer._load_state_dict_pre_hooks
+    assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+
+
+def test_a_tied_weight_comes_with_whichever_layer_is_called_first(tmp_path: Path) -> None:
+    expected = write_llama(tmp_path / "a.gguf", head=False)
+    module = Llama(tied=True)
+    fill = lazily(module, str(tmp_path / "a.gguf"))
+    module.lm_head(torch.zeros(1, 64))
+    assert torch.equal(module.model.embed_tokens.weight, expected["lm_head.weight"])
+    assert "model.embed_tokens.weight" not in fill.pending
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_parents_that_read_weights_of_their_children(tmp_path: Path, training: bool) -> None:
+    """MultiheadAttention and the fast path of the encoder never call out_proj and linear1."""
+
+    def make() -> nn.Module:
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        return nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "encoder": nn.TransformerEncoder(layer, 2)})
+
+    source, module, x = make(), make(), torch.randn(2, 3, 8)
+    save_file(source.state_dict(), tmp_path / "a.safetensors")
+    lazily(module, str(tmp_path / "a.safetensors"))
+    with torch.set_grad_enabled(training):
+        for name in ("attention", "encoder"):
+            one, other = (
+                (m[name].train(training)(*([x] * (3 if name == "attention" else 1)))) for m in (source, module)
+            )
+            torch.testing.assert_close(other, one, rtol=0, atol=0)
+
+
+def test_a_pending_module_is_not_copied_and_a_loaded_one_not_overwritten(llama: Any) -> None:
+    path, expected = llama
+    module = Llama()
+    fill = lazily(module, path)
+    with pytest.raises(
+        RuntimeError, match=f"must be filled before it is copied.* but {len(expected)} tensors are pending"
+    ):
+        copy.deepcopy(module)
+    own = {name: torch.full_like(value, 0.5) for name, value in expected.items()}
+    module.load_state_dict(own)  # fills first, so no hook comes later
+    assert not fill.pending
+    module(torch.zeros(1, 3, dtype=torch.int64))
+    assert all(value.eq(0.5).all() for value in module.state_dict().values())
+
+
+def test_a_file_that_changes_before_the_first_call(llama: Any) -> None:
+    """The layer raises, and again; nothing is half-known."""
+    path, _ = llama
+    module = Llama()
+    lazily(module, path)
+    os.truncate(path, os.path.getsize(path) - 1)
+    for _ in range(2):
+        with pytest.raises(CheckpointChangedError, match="size was"):
+            module(torch.zeros(1, 3, dtype=torch.int64))
+
+
+def test_prefetching_races_with_the_forward_pass(llama: Any) -> None:
+    path, expected = llama
+    for _ in range(10):
+        module = Llama()
+        fill = lazily(module, path)
+        thread = fill.prefetch()
+        module(torch.zeros(1, 3, dtype=torch.int64))
+        thread.join(20)
+        assert not thread.is_alive()
+        assert fill._flight.counts["loads"] >= len(expected)
+        assert sorted(fill.plan.report().loaded) == sorted(expected)  # each once
+        assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+
+
+def test_a_failing_prefetch_is_said_and_raised_where_needed(llama: Any, caplog: pytest.LogCaptureFixture) -> None:
+    path, _ = llama
+    module = Llama()
+    fill = lazily(module, path)
+    os.utime(path, ns=(1, 1))
+    with caplog.at_level(logging.WARNING, "lightning_lrtt"):
+        fill.prefetch().join(20)
+    assert "prefetching stopped" in caplog.text
+    with pytest.raises(CheckpointChangedError, match="mtime was"):
+        module(torch.zeros(1, 3, dtype=torch.int64))
+
+
+# ------------------------------------------------------------------ the callback
+
+
+@modes
+def test_the_callback_under_a_stock_strategy(mode: Any, tmp_path: Path, llama: Any) -> None:
+    """On plain layers, and not over a checkpoint."""
+    path, expected = llama
+    callback, module = PretrainedInit(path, mode), Net()
+    fit = trainer(tmp_path, "auto", [callback])
+    fit.validate(module, loader(), verbose=False)
+    assert callback.report is not None
+    assert len(callback.report.loaded) == len(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in module.net.state_dict().items())
+    fit.fit(module, loader())
+    fit.save_checkpoint(tmp_path / "end.ckpt")
+    resumed, again = PretrainedInit(path, mode), Net()
+    trainer(tmp_path, "auto", [resumed], max_epochs=2).fit(again, loader(), ckpt_path=tmp_path / "end.ckpt")
+    assert resumed.report is None
+
+
+def test_callback_refusals(tmp_path: Path, llama: Any) -> None:
+    path, _ = llama
+    with pytest.raises(ValueError, match="mode must be one of 'progressive', 'lazy', 'prefetch', got 'eager'"):
+        PretrainedInit(path, mode="eager")  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match="must have no `pretrained` beside this callback"):
+        trainer(tmp_path, LRTTStrategy(pretrained=path), [PretrainedInit(path)]).fit(Net(), loader())
+    with pytest.raises(MisconfigurationException, match="meta device need the strategy lrtt, got SingleDeviceStrategy"):
+        PretrainedInit(path).setup(trainer(tmp_path, "auto"), Net("meta"), "fit")
+
+
+@pytest.mark.parametrize("where", ["init", "meta"])
+@pytest.mark.parametrize(("content", "error"), [(b"GGUF", CheckpointFormatError), (None, FileNotFoundError)])
+def test_a_bad_file_is_refused_at_setup(content: bytes | None, error: Any, where: str, tmp_path: Path) -> None:
+    """Regression: for a module on meta Lightning's teardown raised something else instead."""
+    if content is not None:
+        (tmp_path / "a.gguf").write_bytes(content)
+    with pytest.raises(error):
+        trainer(tmp_path, LRTTStrategy(pretrained=str(tmp_path / "a.gguf"))).fit(Net(where), loader())
+
+
+def test_a_file_of_another_model_changes_nothing(tmp_path: Path) -> None:
+    write_llama(tmp_path / "a.gguf", layers=1)
+    module = Net()
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(CheckpointMismatchError, match=r"missing in the file \(6\): net.model.layers.1"):
+        trainer(tmp_path, LRTTStrategy(exclude=["*"], pretrained=str(tmp_path / "a.gguf"))).fit(module, loader())
+    assert all(same_bits(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar, None])
+def test_the_bar_is_the_trainers_and_counts_bytes(
+    bar: Any, tmp_path: Path, llama: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if bar is RichProgressBar:
+        pytest.importorskip("rich", reason="an optional dependency of Lightning")
+    from lightning_lrtt.weights import pretrained as module_of_bar
+
+    seen: list[Any] = []
+    original = module_of_bar.byte_bar
+
+    def spy(kind: str | None, total: int, text: str) -> Any:
+        seen.append((kind, total, text))
+        return original(kind, total, text)
+
+    monkeypatch.setattr(module_of_bar, "byte_bar", spy)
+    strategy = LRTTStrategy(CONFIGS["digital"], pretrained=llama[0])
+    trainer(tmp_path, strategy, [bar()] if bar else None, enable_progress_bar=bar is not None).fit(Net(), loader(1))
+    kind = {RichProgressBar: "rich", TQDMProgressBar: "tqdm", None: None}[bar]
+    assert seen == [(kind, strategy.pretrained.report.bytes, "Loading llama.gguf")]
+    printed = capsys.readouterr()
+    assert ("Loading llama.gguf" in printed.out + printed.err) == (bar is not None)
+
+
+# ------------------------------------------------------------------ DDP
+
+
+DDP = """
+import json, logging, sys
+import lightning.pytorch as pl, torch, torch.distributed as dist
+sys.path.insert(0, {tests!r})
+from test_pretrained_init import Net, dataset, loader
+from lightning_lrtt import LRTTConfig, convert_to_lrtt
+from lightning_lrtt.callbacks import PretrainedInit
+from lightning_lrtt.nn import find_tiles
+from lightning_lrtt.weights import plan
+
+class Own(Net):
+    def __init__(self):
+        super().__init__()
+        convert_to_lrtt(self, LRTTConfig(rank=2, transfer_every=4))
+
+loads, sent = [], []
+fill = plan.LoadPlan.fill
+def counted(self, entry):
+    loads.append(entry.name)
+    fill(self, entry)
+plan.LoadPlan.fill = counted
+broadcast = dist._broadcast_coalesced
+def watched(group, tensors, *args, **kwargs):
+    sent.extend(t.data_ptr() for t in tensors)
+    return broadcast(group, tensors, *args, **kwargs)
+dist._broadcast_coalesced = watched
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    module = Own()
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.c = {{name: tile.effective_weight().clone() for name, tile in find_tiles(pl_module).items()}}
+    look = Look()
+    trainer = pl.Trainer(strategy="ddp", devices=2, accelerator="cpu", max_steps=5, logger=False,
+                         enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False,
+                         callbacks=[PretrainedInit({path!r}, {mode!r}), look])
+    trainer.fit(module, loader())
+    c = {{tile.weight.data_ptr() for tile in find_tiles(module).values()}}
+    torch.save({{"loads": loads, "sent_c": len(c & set(sent)), "sent": len(sent), "start": look.c,
+                "end": module.state_dict()}}, f"{folder}/rank{{trainer.global_rank}}.pt")
+"""
+
+
+@pytest.mark.parametrize("mode", ["progressive", "lazy"])
+def test_two_processes_load_once_each_and_send_no_c(mode: str, tmp_path: Path, llama: Any) -> None:
+    """DDP's first broadcast leaves C out; every rank decodes the file into its own."""
+    path, expected = llama
+    script = tmp_path / "run.py"
+    script.write_text(DDP.format(tests=str(Path(__file__).parent), path=path, mode=mode, folder=str(tmp_path)))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False, env=env
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = [torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in (0, 1)]
+    for rank in ranks:
+        assert sorted(rank["loads"]) == sorted("net." + name for name in expected)
+        assert rank["sent"] > 0
+        assert rank["sent_c"] == 0
+        if mode == "progressive":
+            assert_starts(rank["start"], expected)
+    for name, value in ranks[0]["end"].items():
+        assert same_bits(value, ranks[1]["end"][name]), name
+
+
+# ------------------------------------------------------------------ YAML and inspect
+
+
+@pytest.fixture
+def quiet_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command, given in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lrtt"])
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parent)])
+    monkeypatch.setattr(logging.getLogger("lightning_lrtt"), "handlers", [logging.NullHandler()])
+
+
+@pytest.mark.parametrize("form", ["path", "pretrained", "callback"])
+def test_yaml(form: str, tmp_path: Path, llama: Any, quiet_cli: None) -> None:
+    strategy: dict[str, Any] = {"class_path": "lightning_lrtt.LRTTStrategy", "init_args": {"config": {"rank": 2}}}
+    callbacks: list[Any] = []
+    options = {"path": llama[0], "mode": "lazy", "names": "auto"}
+    if form == "path":
+        strategy["init_args"]["pretrained"] = llama[0]
+    elif form == "pretrained":
+        strategy["init_args"]["pretrained"] = {"class_path": "lightning_lrtt.weights.Pretrained", "init_args": options}
+    else:
+        callbacks = [{"class_path": "PretrainedInit", "init_args": options}]
+    config = {
+        "model": {"class_path": "test_pretrained_init.Net"},
+        "data": {"class_path": "test_pretrained_init.Data"},
+        "trainer": {
+            "strategy": strategy,
+            "callbacks": callbacks,
+            "accelerator": "cpu",
+            "max_steps": 2,
+            "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path)}},
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+    }
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "fit.yaml"])
+    (saved,) = tmp_path.glob("lightning_logs/version_0/config.yaml")
+    assert llama[0] in saved.read_text()
+    main(["fit", "--config", str(saved), "--trainer.logger.init_args.name=again"])  # what was saved runs again
+    one, other = (
+        torch.load(next(tmp_path.glob(f"{name}/version_0/checkpoints/*.ckpt")), weights_only=True)["state_dict"]
+        for name in ("lightning_logs", "again")
+    )
+    assert all(
+        same_bits(value, other[name]) for name, value in one.items() if "tile_state" not in name and name[-2:] != ".B"
+    )
+
+
+class Data(pl.LightningDataModule):
+    """For the YAML."""
+
+    def train_dataloader(self) -> DataLoader:
+        return loader()
+
+
+def test_inspect(llama: Any, capsys: pytest.CaptureFixture[str], quiet_cli: None) -> None:
+    path, expected = llama
+    main(["inspect", path])
+    page = capsys.readouterr().out
+    assert page.startswith("problems: none\n")
+    assert f"gguf, {os.path.getsize(path)} bytes, {len(expected)} tensors of" in page
+    assert "bytes: 12 Q8_0, 3 F32" in page  # 5 of each layer, embedding and head; norms
+    assert "general.architecture = 'llama'" in page
+    (line,) = [line for line in page.splitlines() if line.startswith("blk.1.attn_k.weight")]
+    assert line.split() == ["blk.1.attn_k.weight", "32x64", "Q8_0", "2176", "model.layers.1.self_attn.k_proj.weight"]
+
+
+def test_inspect_with_a_module_shows_problems_first(
+    llama: Any, capsys: pytest.CaptureFixture[str], quiet_cli: None
+) -> None:
+    path, _ = llama
+    main(["inspect", path, "--module", "weights_helpers.Llama", "--init-args", json.dumps({"layers": 3})])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "problems: 6"
+    assert lines[1] == "  model.layers.2.self_attn.q_proj.weight: missing in the file"
+    assert any(line.endswith("model.layers.0.self_attn.q_proj.weight (rows of 4 heads unpermuted)") for line in lines)
+    main(["inspect", path, "--module", "weights_helpers.Llama"])
+    assert capsys.readouterr().out.startswith("problems: none\n")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["nothing.gguf"], "No such file"),
+        (["bad.gguf"], "problem: .*bad.gguf: header"),
+        (["good.gguf", "--module", "weights_helpers.Nothing"], "--module must be a class"),
+        (["good.gguf", "--module", "weights_helpers.Llama", "--init-args", "{"], "--module must be a class"),
+    ],
+)
+def test_inspect_refusals(
+    args: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet_cli: None
+) -> None:
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF123")
+    write_llama(tmp_path / "good.gguf", kind=Kind.Q4_0)
+    with pytest.raises(SystemExit) as caught:
+        main(["inspect", *args])
+    assert caught.value.code == 1
+    import re
+
+    assert re.search(said, capsys.readouterr().err)
