@@ -238,12 +238,20 @@ class TileModule(nn.Module):
 
     def read(self, x: Tensor) -> Tensor:
         """The layer's output for x, in a way that lets a pulsed tile latch its operands."""
+        y = self.multiply(x)
+        return y if self.bias is None else self.add_bias(y)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """`read` without the bias.
+
+        The seam for rules that choose the operands of an update themselves, such as two-phase learning: backward through
+        ``(d * tile.multiply(x)).sum()`` sends the tile the outer product ``d x^T`` and nothing else, latched on a pulsed
+        tile, as ``p.grad`` of A and B on every tile.
+        """
         learns = torch.is_grad_enabled() and self.A.requires_grad
         if learns and (self.config.is_pulsed or self.config.transfer_unit == "samples"):
-            y = latched_read(self, x)
-        else:
-            y = digital_read(self, x)
-        return y if self.bias is None else self.add_bias(y)
+            return latched_read(self, x)
+        return digital_read(self, x)
 
     # -------------------------------------------------------------- links, copies, loading
 
