@@ -7,6 +7,7 @@ if __name__ != "lightning_lrtt.callbacks":
     )
 
 from lightning_lrtt.callbacks.factory import default_callbacks
+from lightning_lrtt.callbacks.free_nudged_monitor import FreeNudgedMonitor
 from lightning_lrtt.callbacks.tile_monitor import TileMonitor
 
-__all__ = ["TileMonitor", "default_callbacks"]
+__all__ = ["FreeNudgedMonitor", "TileMonitor", "default_callbacks"]
