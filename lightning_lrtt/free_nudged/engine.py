@@ -97,6 +97,9 @@ class TwoPhase:
             raise _check.fail("FreeNudged", "estimator.kind", "other than 'holomorphic' for this system",
                               type(system).__name__, "its window does not continue to complex states: use smooth "
                               "activations such as tanh, or kind 'centered'")
+        if estimator.clamps and not system.clampable:
+            raise _check.fail("FreeNudged", "estimator.kind", "one that nudges for this system", estimator.kind,
+                              f"outputs of {type(system).__name__} cannot be held: use 'centered'")
         estimator.check_range(*system.beta_range())
         self.system, self.estimator = system, estimator
         self.free_steps, self.nudged_steps = free_steps, nudged_steps

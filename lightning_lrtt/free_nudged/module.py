@@ -26,7 +26,8 @@ class FreeNudgedModule(pl.LightningModule):
     Automatic optimisation, so clipping, accumulation, precision plugins, DDP and averaging work. Relaxation never calls
     ``backward`` and runs in the parameters' precision, also under mixed precision, where only the products of the
     surrogate are rounded. ``train/loss`` is the cost of the free states. Subclasses add metrics and
-    ``configure_optimizers``; those that override ``setup`` or ``on_train_batch_start`` call ``super()``.
+    ``configure_optimizers``; those that override ``setup``, ``on_train_batch_start`` or
+    ``on_train_batch_end`` call ``super()``.
 
     Args:
         system: What relaxes, e.g. `HopfieldMLP`. Its layers may become tiles (``strategy="lrtt"``).
@@ -102,6 +103,10 @@ class FreeNudgedModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Outside of what a CUDA graph replays: beta is a tensor that the windows read."""
         self.set_step(self.trainer.global_step)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Parameters back to what is physical (`System.project`)."""
+        self.system.project()
 
     def set_step(self, step: int) -> None:
         """Set beta for an optimizer step: the schedule's value, with a drawn sign for ``random_sign``.

@@ -59,6 +59,7 @@ class System(nn.Module):
         stackable: Whether several windows may run as one over copies of the batch: samples do not interact and nothing is
             registered.
         holomorphic: Whether the window continues to complex beta.
+        clampable: Whether outputs can be held, as contrastive and coupled learning do.
 
     Example:
         >>> import torch
@@ -82,6 +83,7 @@ class System(nn.Module):
 
     stackable = False
     holomorphic = False
+    clampable = True
 
     def __init__(self, rate: float = 0.1) -> None:
         super().__init__()
@@ -155,6 +157,9 @@ class System(nn.Module):
             if clamped is not None:
                 states = self.hold(states, clamped)
         return states
+
+    def project(self) -> None:
+        """Bring the parameters back to what is physical, e.g. conductances >= 0; called after each training batch."""
 
     def hold(self, states: States, value: Tensor) -> States:
         """Copies of the states with the outputs set to ``value``."""
