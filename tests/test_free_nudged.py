@@ -329,6 +329,22 @@ def test_no_host_sync_in_a_step(kind: str) -> None:
     assert counter.found  # it does count
 
 
+def test_relaxation_records_no_gradients() -> None:
+    """Leaving inference mode used to switch gradients on, so windows took the slow path and states had a graph."""
+    for system in (network(), Noisy()):
+        x, y = (X, Y) if isinstance(system, HopfieldMLP) else (torch.randn(3, 2), torch.randn(3, 2))
+        seen: list[bool] = []
+        engine = TwoPhase(system, estimator("centered"), 3, 2)
+        own = system.prepare
+        system.prepare = lambda own=own, **kwargs: seen.append(torch.is_grad_enabled()) or own(**kwargs)  # type: ignore
+        engine._verified = True  # the guard would see the replaced hook's list
+        outcome = engine.run(x, y, measure=True)
+        states = [*outcome.free.values(), *engine.free(x).values(), *(s for p in outcome.phases for s in p.states.values())]
+        assert seen == [False, False]
+        assert not any(s.requires_grad for s in (*states, outcome.cost, outcome.residuals))
+        assert engine.surrogate(x, outcome).requires_grad
+
+
 def test_module_works_in_inference_mode() -> None:
     module = FreeNudgedModule(network(), free_steps=10)
     expected = module(X)

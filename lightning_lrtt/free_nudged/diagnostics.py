@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_lrtt.free_nudged.engine import TwoPhase, _ordinary
+from lightning_lrtt.free_nudged.engine import TwoPhase, ordinary
 from lightning_lrtt.free_nudged.system import System
 
 
@@ -43,7 +43,7 @@ def bptt(system: System, x: Tensor, target: Tensor, steps: int, last: int | None
         By parameter name; zeros where a parameter has no effect.
     """
     last = steps if last is None else last
-    with _ordinary(x, target) as (x, target), torch.autocast(x.device.type, enabled=False):
+    with ordinary(x, target) as (x, target), torch.autocast(x.device.type, enabled=False):
         with torch.no_grad():
             context = system.prepare(x=x, differentiable=False)
             states = system.start(x=x, context=context)
@@ -80,14 +80,13 @@ def agreement(estimated: dict[str, Tensor], reference: dict[str, Tensor]) -> Agr
     return Agreement(torch.nn.functional.cosine_similarity(one, other, dim=0), (one - other).norm() / other.norm())
 
 
-@torch.no_grad()
 def energy_trace(system: System, x: Tensor, steps: int) -> Tensor:
     """Mean energy before and after each step of a free window ``[steps + 1]``, on the device.
 
     It falls monotonically where relaxation is a descent (``even_odd`` order, or small steps); a trace that rises says
     that relaxation does not converge.
     """
-    with _ordinary(x) as (x,):
+    with ordinary(x, gradients=False) as (x,):
         context = system.prepare(x=x, differentiable=False)
         states = system.start(x=x, context=context)
         trace = [system.energy(x=x, context=context, states=states).mean()]

@@ -118,10 +118,9 @@ class TwoPhase:
 
     # -------------------------------------------------------------- windows
 
-    @torch.no_grad()
     def free(self, x: Tensor, steps: int | None = None) -> States:
         """The states after a free window from the system's start; changes nothing."""
-        with _ordinary(x) as (x,), torch.autocast(x.device.type, enabled=False):
+        with ordinary(x, gradients=False) as (x,), torch.autocast(x.device.type, enabled=False):
             self._register()
             self._after.take()
             context = self.system.prepare(x=x, differentiable=False)
@@ -131,7 +130,6 @@ class TwoPhase:
             self._after.restore()
             return states
 
-    @torch.no_grad()
     def run(self, x: Tensor, target: Tensor, beta: Tensor | None = None, measure: bool = False) -> Outcome:
         """All windows of one step.
 
@@ -146,7 +144,7 @@ class TwoPhase:
             RuntimeError: If the weights changed between phases.
         """
         # Without autocast: in bfloat16 the difference of the phases would be rounding.
-        with _ordinary(x, target) as (x, target), torch.autocast(x.device.type, enabled=False):
+        with ordinary(x, target, gradients=False) as (x, target), torch.autocast(x.device.type, enabled=False):
             self._register()
             versions = [(name, p, p._version) for name, p in self.system.named_parameters()]
             guard = contextlib.nullcontext() if self._verified else self._after.guard(self.system)
@@ -277,7 +275,7 @@ class TwoPhase:
             outcome: What `run` returned.
             beta: As in `run`.
         """
-        with _ordinary(x) as (x,):
+        with ordinary(x) as (x,):
             total = self.system.contrast(x=x, target=outcome.target, phases=outcome.phases, form=self.form)
             if self.estimator.divides:
                 total = total / self._beta(x, beta)
@@ -296,7 +294,11 @@ def _alike(one: States, other: States) -> bool:
 
 
 @contextlib.contextmanager
-def _ordinary(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Out of inference mode, in which no state can be differentiated; tensors that come from there are copied."""
-    with torch.inference_mode(False):
+def ordinary(*tensors: Tensor, gradients: bool | None = None) -> Iterator[tuple[Tensor, ...]]:
+    """Out of inference mode, in which no state can be differentiated; tensors that come from there are copied.
+
+    ``gradients``: whether they are recorded; None: as outside. Leaving inference mode switches them on.
+    """
+    gradients = torch.is_grad_enabled() if gradients is None else gradients
+    with torch.inference_mode(False), torch.set_grad_enabled(gradients):
         yield tuple(t.clone() if t.is_inference() else t for t in tensors)

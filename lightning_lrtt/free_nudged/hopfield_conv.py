@@ -39,7 +39,7 @@ class HopfieldConvNet(System):
         classes: Outputs.
         hidden: Sizes of linear hidden layers between the last convolution and the outputs.
         kernel: Kernel size of all convolutions (stride 1, padding ``kernel // 2``), odd.
-        pool: ``max`` or ``avg``, 2x2.
+        pool: ``max`` or ``avg``, 2x2. With ``max`` take states >= 0: with ``tanh`` the routes may switch for ever.
         activation: rho of all states but the outputs.
         output: rho of the outputs.
         cost: ``mse`` or ``cross_entropy``.
