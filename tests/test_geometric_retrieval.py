@@ -216,11 +216,20 @@ def test_an_empty_memory_gives_finite_numbers() -> None:
 def test_no_host_sync_in_a_window() -> None:
     """The original had 387."""
     system, x, y = filled()
-    module = GeometricModule(system=system, estimator=POSITIVE)
+    module = GeometricModule(system=system, estimator=POSITIVE, statistics=True)
     module.training_step((x, y)).backward()
     with SyncCounter() as counter:
         module.training_step((x, y)).backward()
     assert counter.found == []
+
+
+def test_statistics_leave_out_the_growing_path() -> None:
+    """They used to compare the path before and after a window's last step, of different lengths."""
+    system, x, y = filled()
+    outcome = TwoPhase(system, POSITIVE, 16, 16, nudge_from="start").run(x, y, measure=True)
+    assert outcome.free["path"].shape == (5, 16, 8)
+    velocity = (system.rate * outcome.free["path"][:, -1]).abs().max()
+    assert float(outcome.residuals[0]) >= float(velocity) > 0
 
 
 def test_the_metric_learns_what_is_noise() -> None:

@@ -283,8 +283,9 @@ class TwoPhase:
 
 
 def distance(one: States, other: States) -> Tensor:
-    """Largest absolute difference of any state, a scalar on the device."""
-    return torch.stack([(s - other[name]).abs().max() for name, s in one.items() if s.numel()]).max()
+    """Largest absolute difference of any state, a scalar on the device; a state that grew (a recorded path) is left out."""
+    pairs = [(s, other[name]) for name, s in one.items() if s.numel() and s.shape == other[name].shape]
+    return torch.stack([(a - b).abs().max() for a, b in pairs]).max()
 
 
 def _alike(one: States, other: States) -> bool:

@@ -49,7 +49,8 @@ class System(nn.Module):
 
     Subclass it and write `start`, `energy`, `cost` and `output`; the other hooks have defaults by autograd, in which
     states follow the gradient flow ``s <- s - rate d(E + beta cost)/ds``. All hooks take keyword arguments only. A window
-    must not change the states that it is given, and must return states of the same names and shapes. Whatever else it
+    must not change the states that it is given, and must return states of the same names; they keep their shapes, but for
+    records of the path, which may grow. Whatever else it
     changes (a history, counters in tensors, a `torch.Generator`) it must name in `registered`.
 
     Args:
