@@ -28,14 +28,14 @@ class FreeNudgedMonitor(Callback):
     """Log observables of the phases to all loggers, at the steps and with the step numbers that Lightning uses.
 
     Means since the last log, recorded on the device at every step and read in one transfer at a log:
-    ``free_nudged/cost_free|cost_nudged`` (mean cost of a sample), ``free_nudged/residual_free|residual_nudged`` (largest
-    change of a state in a window's last step: how far from its fixed point it was stopped),
-    ``free_nudged/phase_distance`` (largest difference of a state between the phases), ``free_nudged/saturation`` (share of
-    states at an end of their range) and ``free_nudged/beta``.
+    ``free_nudged/cost_free|cost_nudged`` (mean cost of a sample), ``free_nudged/residual_free|residual_nudged``
+    (largest change of a state in a window's last step: how far from its fixed point it was stopped),
+    ``free_nudged/phase_distance`` (largest difference of a state between the phases), ``free_nudged/saturation``
+    (share of states at an end of their range) and ``free_nudged/beta``.
 
-    With ``bptt_every_n_steps`` also ``free_nudged/cosine_bptt`` and ``free_nudged/error_bptt``: the step's gradient, before
-    the update, against backpropagation through the free window of the same batch. It costs several steps. TensorBoard gets
-    a layout for its custom-scalars tab.
+    With ``bptt_every_n_steps`` also ``free_nudged/cosine_bptt`` and ``free_nudged/error_bptt``: the step's gradient,
+    before the update, against backpropagation through the free window of the same batch. It costs several steps.
+    TensorBoard gets a layout for its custom-scalars tab.
 
     Args:
         every_n_steps: Optimizer steps between logs; None: the Trainer's ``log_every_n_steps``.
@@ -43,8 +43,9 @@ class FreeNudgedMonitor(Callback):
 
     Raises:
         ValueError: If a number is below 1.
-        MisconfigurationException: At setup, if the module is no `FreeNudgedModule`, or a comparison with backpropagation is
-            asked of a system with registered state or of warm starts, whose window depends on more than the batch.
+        MisconfigurationException: At setup, if the module is no `FreeNudgedModule`, or a comparison with
+            backpropagation is asked of a system with registered state or of warm starts, whose window depends on more
+            than the batch.
 
     Example:
         >>> FreeNudgedMonitor(bptt_every_n_steps=100).state_key
@@ -69,7 +70,8 @@ class FreeNudgedMonitor(Callback):
             return
         if not isinstance(pl_module, FreeNudgedModule):
             raise MisconfigurationException(
-                f"FreeNudgedMonitor: the module must be a FreeNudgedModule, got {type(pl_module).__name__}; remove the callback"
+                f"FreeNudgedMonitor: the module must be a FreeNudgedModule, got {type(pl_module).__name__}; "
+                "remove the callback"
             )
         engine = pl_module.engine
         if self.bptt_every_n_steps is not None and (engine.init == "previous" or pl_module.system.registered()):
@@ -87,7 +89,9 @@ class FreeNudgedMonitor(Callback):
                 logger.experiment.add_custom_scalars(_LAYOUT)
 
     @override
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         every = self.bptt_every_n_steps
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         if every is None or step % every or trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches:
@@ -102,8 +106,9 @@ class FreeNudgedMonitor(Callback):
         self._log(trainer, {"cosine_bptt": cosine, "error_bptt": error})
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         every = self.every_n_steps or trainer.log_every_n_steps
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         if not every or (step + 1) % every or trainer.fit_loop._should_accumulate():

@@ -81,8 +81,10 @@ class Snapshot:
             for key, part in enumerate(value):
                 self.add(f"{name}.{key}", part)
         else:
-            raise TypeError(f"Snapshot: {name} must be tensors or generators, got {type(value).__name__}; register a "
-                            "Python value with add_attribute(name, owner, attribute)")
+            raise TypeError(
+                f"Snapshot: {name} must be tensors or generators, got {type(value).__name__}; register a "
+                "Python value with add_attribute(name, owner, attribute)"
+            )
 
     def add_attribute(self, name: str, owner: Any, attribute: str) -> None:
         """Register a Python value: an attribute of ``owner``, of which deep copies are taken and put back.
@@ -125,7 +127,9 @@ class Snapshot:
             RuntimeError: Before `take` (a registration asks for a new one), and as in `take`.
         """
         if not self._taken:
-            raise RuntimeError("Snapshot: restore must follow take, got no snapshot of what is registered; call take()")
+            raise RuntimeError(
+                "Snapshot: restore must follow take, got no snapshot of what is registered; call take()"
+            )
         self._refuse_capture()
         for name, tensor in self._tensors.items():
             tensor.copy_(self._saved[name])
@@ -137,8 +141,10 @@ class Snapshot:
     def _refuse_capture(self) -> None:
         if not self.capturable and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             held = [*self._generators, *self._values]
-            raise RuntimeError(f"Snapshot: state must be tensors while a CUDA graph is captured, got {held}; a replay "
-                               "would not restore them: keep counters in tensors and draw noise from a counter")
+            raise RuntimeError(
+                f"Snapshot: state must be tensors while a CUDA graph is captured, got {held}; a replay "
+                "would not restore them: keep counters in tensors and draw noise from a counter"
+            )
 
     @contextlib.contextmanager
     def guard(self, *roots: Any) -> Iterator[None]:
@@ -175,8 +181,9 @@ class Snapshot:
                 found[path] = repr(value)
                 return
             if isinstance(value, Tensor):
-                registered = value.layout == torch.strided and value.numel() and \
-                    value.untyped_storage().data_ptr() in exempt
+                registered = (
+                    value.layout == torch.strided and value.numel() and value.untyped_storage().data_ptr() in exempt
+                )
                 if not registered:
                     found[path] = (id(value), None if value.is_inference() else value._version)
                 return

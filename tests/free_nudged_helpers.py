@@ -20,7 +20,9 @@ def data(n: int = 16, inputs: int = 12, classes: int = 4, dtype: torch.dtype = D
     return x, torch.randint(classes, (n,), generator=generator)
 
 
-def network(sizes: tuple[int, ...] = (12, 9, 7, 4), dtype: torch.dtype = DOUBLE, seed: int = 0, **kwargs: Any) -> HopfieldMLP:
+def network(
+    sizes: tuple[int, ...] = (12, 9, 7, 4), dtype: torch.dtype = DOUBLE, seed: int = 0, **kwargs: Any
+) -> HopfieldMLP:
     """A small network of fixed weights."""
     torch.manual_seed(seed)
     return HopfieldMLP(sizes, **kwargs).to(dtype)
@@ -49,9 +51,9 @@ class LinearOracle:
         drive += [layer.bias.expand(len(x), -1) for layer in system.layers[1:]]
         self.hessian, self.drive = torch.eye(total, dtype=DOUBLE) - k, torch.cat(drive, 1)
         self.outputs = torch.zeros(total, dtype=DOUBLE)
-        self.outputs[self.starts[-1]:] = 1.0
+        self.outputs[self.starts[-1] :] = 1.0
         self.y = torch.zeros_like(self.drive)
-        self.y[:, self.starts[-1]:] = y
+        self.y[:, self.starts[-1] :] = y
 
     def states(self, beta: float = 0.0) -> Tensor:
         """All layers side by side ``[N, total]``."""
@@ -60,7 +62,7 @@ class LinearOracle:
 
     def cost(self) -> Tensor:
         """Mean cost of the free states, differentiable by the weights: its gradient is implicit differentiation."""
-        error = (self.states() - self.y)[:, self.starts[-1]:]
+        error = (self.states() - self.y)[:, self.starts[-1] :]
         return 0.5 * error.square().sum(1).mean()
 
 
@@ -84,7 +86,11 @@ class SyncCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         masked = name.startswith("aten.index") and any(
-            isinstance(i, Tensor) and i.dtype == torch.bool for arg in args if isinstance(arg, (list, tuple)) for i in arg)
+            isinstance(i, Tensor) and i.dtype == torch.bool
+            for arg in args
+            if isinstance(arg, (list, tuple))
+            for i in arg
+        )
         if masked or any(word.removeprefix("aten::") in name.split(".")[1] for word in self.NAMES):
             self.found.append(name)
         return func(*args, **(kwargs or {}))
@@ -113,9 +119,13 @@ class Noisy(System):
     def output(self, *, states: States) -> Tensor:
         return states["s"]
 
-    def window(self, *, x: Tensor, context: Any, states: States, steps: int, target: Any, beta: Any, clamped: Any) -> States:
+    def window(
+        self, *, x: Tensor, context: Any, states: States, steps: int, target: Any, beta: Any, clamped: Any
+    ) -> States:
         for _ in range(steps):
-            states = super().window(x=x, context=context, states=states, steps=1, target=target, beta=beta, clamped=clamped)
+            states = super().window(
+                x=x, context=context, states=states, steps=1, target=target, beta=beta, clamped=clamped
+            )
             noise = torch.randn(states["s"].shape, generator=self.generator)
             states = {"s": states["s"] + 0.01 * noise + 0.1 * self.field}
             self.field.add_(states["s"].mean(0))

@@ -34,7 +34,9 @@ def estimator(kind: str, beta: float = 0.1) -> Estimator:
     return Estimator(kind=kind, points=6 if kind == "holomorphic" else None, **numbers)  # type: ignore[arg-type]
 
 
-def gradient(system: System, kind: str, beta: float = 0.1, t1: int = 300, t2: int = 300, **kwargs: Any) -> dict[str, Tensor]:
+def gradient(
+    system: System, kind: str, beta: float = 0.1, t1: int = 300, t2: int = 300, **kwargs: Any
+) -> dict[str, Tensor]:
     return estimate(TwoPhase(system, estimator(kind, beta), t1, t2, **kwargs), X, Y)
 
 
@@ -52,7 +54,9 @@ def closed_form(system: HopfieldMLP) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("order", ["synchronous", "even_odd"])
-@pytest.mark.parametrize("sizes", [(12, 4), (12, 9, 4), (12, 9, 7, 4), (12, 9, 7, 5, 4)], ids=lambda s: f"{len(s) - 2}-hidden")
+@pytest.mark.parametrize(
+    "sizes", [(12, 4), (12, 9, 4), (12, 9, 7, 4), (12, 9, 7, 5, 4)], ids=lambda s: f"{len(s) - 2}-hidden"
+)
 def test_relaxation_reaches_the_closed_form(sizes: tuple[int, ...], order: str) -> None:
     """Free, nudged both ways, with gradients and without: the solution of the linear system, to float64 rounding."""
     system = network(sizes, activation="linear", order=order)
@@ -60,8 +64,15 @@ def test_relaxation_reaches_the_closed_form(sizes: tuple[int, ...], order: str) 
     for grads, beta in itertools.product((False, True), (0.0, 0.5, -0.3)):
         with torch.set_grad_enabled(grads):
             context = system.prepare(x=X, differentiable=False)
-            states = system.window(x=X, context=context, states=system.start(x=X, context=context), steps=400, target=ONE_HOT,
-                                   beta=torch.tensor(beta, dtype=DOUBLE) if beta else None, clamped=None)
+            states = system.window(
+                x=X,
+                context=context,
+                states=system.start(x=X, context=context),
+                steps=400,
+                target=ONE_HOT,
+                beta=torch.tensor(beta, dtype=DOUBLE) if beta else None,
+                clamped=None,
+            )
         torch.testing.assert_close(torch.cat(system.split(states), 1), oracle.states(beta), rtol=0, atol=1e-12)
 
 
@@ -74,8 +85,15 @@ def test_fixed_points_minimise_the_nudged_energy(activation: str, output: str, c
     beta = torch.tensor(0.3, dtype=DOUBLE)
     context = system.prepare(x=X, differentiable=False)
     with torch.no_grad():
-        states = system.window(x=X, context=context, states=system.start(x=X, context=context), steps=500, target=ONE_HOT,
-                               beta=beta, clamped=None)
+        states = system.window(
+            x=X,
+            context=context,
+            states=system.start(x=X, context=context),
+            steps=500,
+            target=ONE_HOT,
+            beta=beta,
+            clamped=None,
+        )
     leaves = {name: s.clone().requires_grad_() for name, s in states.items()}
     total = system.energy(x=X, context=context, states=leaves) + beta * system.cost(states=leaves, target=ONE_HOT)
     for s, g in zip(leaves.values(), torch.autograd.grad(total.sum(), list(leaves.values())), strict=True):
@@ -100,7 +118,9 @@ def test_gradient_in_the_limit(kind: str) -> None:
 
 
 # From beta = .1 to .05 an error O(beta) halves and an error O(beta^2) quarters, up to the next order in beta.
-@pytest.mark.parametrize(("kind", "low", "high"), [("positive", 1.8, 2.2), ("negative", 1.8, 2.2), ("centered", 3.5, 4.5)])
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("positive", 1.8, 2.2), ("negative", 1.8, 2.2), ("centered", 3.5, 4.5)]
+)
 @pytest.mark.parametrize("activation", ["linear", "tanh"])
 def test_order_of_convergence(activation: str, kind: str, low: float, high: float) -> None:
     system = network(activation=activation)
@@ -141,7 +161,9 @@ def test_holomorphic_points() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=["float32", "float64"])
 def test_acceptance_of_the_large_network(dtype: torch.dtype) -> None:
-    """784-512-512-10, T 60/15: centered at .1 within .05 of truncated BPTT, cosine .9995; at .01 in float64 within 1e-3."""
+    """784-512-512-10, T 60/15: centered at .1 within .05 of truncated BPTT, cosine .9995; at .01 in float64 within
+    1e-3.
+    """
     system = network((784, 512, 512, 10), dtype)
     x, y = data(16, 784, 10, dtype)
     x = x.sigmoid()  # pixels
@@ -188,8 +210,10 @@ def test_surrogate_is_the_difference_of_energies(kind: str, form: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize(("kind", "low", "high"), [
-    ("coupled_positive", 1.8, 2.2), ("coupled_negative", 1.8, 2.2), ("coupled_centered", 3.5, 4.5)])
+@pytest.mark.parametrize(
+    ("kind", "low", "high"),
+    [("coupled_positive", 1.8, 2.2), ("coupled_negative", 1.8, 2.2), ("coupled_centered", 3.5, 4.5)],
+)
 def test_coupled_learning_limit(kind: str, low: float, high: float) -> None:
     """Its limit is the gradient for the cost derivative S (o - y), S the outputs' Hessian with hidden states eliminated
     (Schur complement); on a linear network the estimates converge to it with their order.
@@ -251,7 +275,9 @@ def test_noise_and_fields_are_restored(kind: str) -> None:
     system = Noisy()
     x, y = torch.randn(3, 2), torch.randn(3, 2)
     alone = Noisy()
-    states = alone.window(x=x, context=None, states=alone.start(x=x, context=None), steps=9, target=None, beta=None, clamped=None)
+    states = alone.window(
+        x=x, context=None, states=alone.start(x=x, context=None), steps=9, target=None, beta=None, clamped=None
+    )
     outcome = TwoPhase(system, estimator(kind), 9, 9, nudge_from="start").run(x, y, torch.zeros(()))
     for phase in outcome.phases:
         assert torch.equal(phase.states["s"], states["s"])
@@ -336,10 +362,14 @@ def test_relaxation_records_no_gradients() -> None:
         seen: list[bool] = []
         engine = TwoPhase(system, estimator("centered"), 3, 2)
         own = system.prepare
-        system.prepare = lambda own=own, **kwargs: seen.append(torch.is_grad_enabled()) or own(**kwargs)  # type: ignore
+        system.prepare = lambda own=own, seen=seen, **kwargs: seen.append(torch.is_grad_enabled()) or own(**kwargs)  # type: ignore
         engine._verified = True  # the guard would see the replaced hook's list
         outcome = engine.run(x, y, measure=True)
-        states = [*outcome.free.values(), *engine.free(x).values(), *(s for p in outcome.phases for s in p.states.values())]
+        states = [
+            *outcome.free.values(),
+            *engine.free(x).values(),
+            *(s for p in outcome.phases for s in p.states.values()),
+        ]
         assert seen == [False, False]
         assert not any(s.requires_grad for s in (*states, outcome.cost, outcome.residuals))
         assert engine.surrogate(x, outcome).requires_grad
@@ -375,34 +405,49 @@ def test_default_surrogate_of_a_system_by_autograd() -> None:
 # ------------------------------------------------------------------ bad input
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"free_steps": 0}, "free_steps must be >= 1, got 0"),
-    ({"nudged_steps": 0}, "nudged_steps must be >= 1, got 0"),
-    ({"form": "other"}, "form must be one of 'difference', 'direct', got 'other'"),
-    ({"init": "ones"}, "init must be one of"),
-    ({"nudge_from": "start"}, r"nudged_steps must be equal to free_steps \(20\) with nudge_from 'start', got 4"),
-    ({"tolerance": -1.0}, "tolerance must be finite and > 0, got -1.0"),
-    ({"nudge_from": "start", "nudged_steps": 20, "tolerance": 1.0}, "tolerance must be None with nudge_from 'start'"),
-    ({"estimator": Estimator(kind="negative", beta=1.0)}, r"every nudge lies in \(-1, inf\), got 1.0.*nudges by -1"),
-    ({"estimator": Estimator(beta=1.5)}, "nudges by -1.5"),
-    ({"estimator": Estimator(kind="contrastive"), "schedule": lambda step: 0.1}, "schedule must be None"),
-    ({"system": network(activation="hard_sigmoid"), "estimator": Estimator(kind="holomorphic", points=4)},
-     "estimator.kind must be other than 'holomorphic'"),
-    ({"system": network(output="tanh"), "estimator": Estimator(kind="positive", beta=1.0)}, r"lies in \(-1, 1\)"),
-], ids=lambda v: "" if isinstance(v, str) else next(iter(v)))
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"free_steps": 0}, "free_steps must be >= 1, got 0"),
+        ({"nudged_steps": 0}, "nudged_steps must be >= 1, got 0"),
+        ({"form": "other"}, "form must be one of 'difference', 'direct', got 'other'"),
+        ({"init": "ones"}, "init must be one of"),
+        ({"nudge_from": "start"}, r"nudged_steps must be equal to free_steps \(20\) with nudge_from 'start', got 4"),
+        ({"tolerance": -1.0}, "tolerance must be finite and > 0, got -1.0"),
+        (
+            {"nudge_from": "start", "nudged_steps": 20, "tolerance": 1.0},
+            "tolerance must be None with nudge_from 'start'",
+        ),
+        (
+            {"estimator": Estimator(kind="negative", beta=1.0)},
+            r"every nudge lies in \(-1, inf\), got 1.0.*nudges by -1",
+        ),
+        ({"estimator": Estimator(beta=1.5)}, "nudges by -1.5"),
+        ({"estimator": Estimator(kind="contrastive"), "schedule": lambda step: 0.1}, "schedule must be None"),
+        (
+            {"system": network(activation="hard_sigmoid"), "estimator": Estimator(kind="holomorphic", points=4)},
+            "estimator.kind must be other than 'holomorphic'",
+        ),
+        ({"system": network(output="tanh"), "estimator": Estimator(kind="positive", beta=1.0)}, r"lies in \(-1, 1\)"),
+    ],
+    ids=lambda v: "" if isinstance(v, str) else next(iter(v)),
+)
 def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FreeNudgedModule(**({"system": network()} | arguments))
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"kind": "both"}, "kind must be one of"),
-    ({"beta": 0.0}, "beta must be finite and > 0, got 0.0"),
-    ({"kind": "holomorphic"}, "points must be given for kind 'holomorphic'"),
-    ({"kind": "holomorphic", "points": 1}, "points must be >= 2, got 1"),
-    ({"points": 4}, "points must be left out for kind 'centered', got 4"),
-    ({"kind": "contrastive", "beta": 0.3}, "beta must be left out for kind 'contrastive', got 0.3"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "both"}, "kind must be one of"),
+        ({"beta": 0.0}, "beta must be finite and > 0, got 0.0"),
+        ({"kind": "holomorphic"}, "points must be given for kind 'holomorphic'"),
+        ({"kind": "holomorphic", "points": 1}, "points must be >= 2, got 1"),
+        ({"points": 4}, "points must be left out for kind 'centered', got 4"),
+        ({"kind": "contrastive", "beta": 0.3}, "beta must be left out for kind 'contrastive', got 0.3"),
+    ],
+)
 def test_bad_estimators(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Estimator(**arguments)

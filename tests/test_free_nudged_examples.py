@@ -17,13 +17,24 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip in
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def fit(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str) -> float:
+def fit(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: str
+) -> float:
     """Run ``lrtt fit`` from the repository root; the test accuracy that it prints."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", ["lrtt"])
     monkeypatch.setattr(logging.getLogger("lightning_lrtt"), "handlers", [logging.NullHandler()])
-    main(["fit", "--config", f"examples/{config}", f"--trainer.logger.save_dir={tmp_path}", "--trainer.accelerator=cpu", *args])
+    main(
+        [
+            "fit",
+            "--config",
+            f"examples/{config}",
+            f"--trainer.logger.save_dir={tmp_path}",
+            "--trainer.accelerator=cpu",
+            *args,
+        ]
+    )
     printed = re.search(r"test/acc\W+([0-9.]+)", capsys.readouterr().out)
     assert printed is not None
     return float(printed.group(1))
@@ -31,8 +42,9 @@ def fit(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
 
 # After 4 of 20 epochs; guessing gives 0.1.
 @pytest.mark.parametrize(("name", "least"), [("dense", 0.9), ("config", 0.85), ("pulsed", 0.75)])
-def test_digits(name: str, least: float, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits(
+    name: str, least: float, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert fit(f"free_nudged_digits/{name}.yaml", tmp_path, capsys, monkeypatch, "--trainer.max_epochs=4") > least
     (folder,) = {path.parent for path in tmp_path.rglob("events.*")}
     tags = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload().Tags()["scalars"]
@@ -43,7 +55,10 @@ def test_geometric(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     """One epoch with a short window: it runs, and logs LIoR within the windows; the docs hold the accuracies."""
     args = ["--trainer.max_epochs=1", "--model.init_args.window=16", "--trainer.limit_val_batches=1"]
     assert fit("geometric_retrieval/config.yaml", tmp_path, capsys, monkeypatch, *args) > 0.3
-    assert fit("geometric_retrieval/fixed.yaml", tmp_path, capsys, monkeypatch, *args, "--trainer.limit_train_batches=3") > 0.1
+    assert (
+        fit("geometric_retrieval/fixed.yaml", tmp_path, capsys, monkeypatch, *args, "--trainer.limit_train_batches=3")
+        > 0.1
+    )
     (folder,) = {path.parent for path in (tmp_path / "geometric").rglob("events.*")}
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     assert [e.step for e in events.Scalars("window/lior")][:3] == [64, 72, 144]

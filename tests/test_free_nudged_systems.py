@@ -25,7 +25,9 @@ from lightning_lrtt.free_nudged import (
 )
 from lightning_lrtt.nn import find_tiles
 
-IMAGES = torch.randn(6, 2, 9, 8, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)  # an odd height: pooling drops a row
+IMAGES = torch.randn(
+    6, 2, 9, 8, generator=torch.Generator().manual_seed(1), dtype=DOUBLE
+)  # an odd height: pooling drops a row
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])
 
 
@@ -43,8 +45,10 @@ def test_convnet_estimates_the_gradient_of_bptt(cost: str, hidden: tuple[int, ..
     """
     system = convnet(pool=pool, hidden=hidden, cost=cost, activation="tanh" if pool == "avg" else "hard_sigmoid")
     reference = bptt(system, IMAGES, LABELS, 150)
-    errors = [float(agreement(estimate(TwoPhase(system, Estimator(beta=b), 150, 100), IMAGES, LABELS), reference).error)
-              for b in ((0.04, 0.02) if pool == "avg" else (1e-5, 1e-6))]
+    errors = [
+        float(agreement(estimate(TwoPhase(system, Estimator(beta=b), 150, 100), IMAGES, LABELS), reference).error)
+        for b in ((0.04, 0.02) if pool == "avg" else (1e-5, 1e-6))
+    ]
     assert errors[0] < (0.01 if pool == "avg" else 1e-4)
     assert pool == "max" or 3.5 < errors[0] / errors[1] < 4.5
 

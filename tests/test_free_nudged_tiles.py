@@ -1,4 +1,6 @@
-"""Two-phase updates of LR-TT tiles: digital and pulsed, in difference and direct form, latched before the first write."""
+"""Two-phase updates of LR-TT tiles: digital and pulsed, in difference and direct form, latched before the first
+write.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def dense_gradients(system: HopfieldMLP, x: Tensor, y: Tensor, **kwargs: Any) ->
 @pytest.mark.parametrize("kind", ["positive", "centered", "holomorphic", "coupled_centered", "contrastive"])
 @pytest.mark.parametrize("form", FORMS)
 def test_factor_gradients_follow_from_the_dense_one(form: str, kind: str) -> None:
-    """dA = alpha G B^T and dB = alpha A^T G, with G the estimate for the dense effective weight: both forms, to 1e-6."""
+    """dA = alpha G B^T and dB = alpha A^T G, with G the estimate for the dense effective weight: both forms, to
+    1e-6.
+    """
     x, y = data()
     system = on_tiles(DIGITAL)
     numbers: dict[str, Any] = {"kind": kind} | ({"points": 3} if kind == "holomorphic" else {})
@@ -57,7 +61,9 @@ def test_factor_gradients_follow_from_the_dense_one(form: str, kind: str) -> Non
 
 @pytest.mark.parametrize("form", FORMS)
 def test_pulsed_tiles_latch_both_phases_in_one_call(form: str) -> None:
-    """Backward writes nothing; the latched operands, made from the factors before the step, sum to the dense estimate."""
+    """Backward writes nothing; the latched operands, made from the factors before the step, sum to the dense
+    estimate.
+    """
     x, y = data(dtype=torch.float32)
     system = on_tiles(PULSED, torch.float32)
     before = [p.clone() for p in system.parameters()]
@@ -82,7 +88,9 @@ def test_difference_form_programs_less() -> None:
         system = on_tiles(PULSED, torch.float32)
         engine = TwoPhase(system, Estimator(), 40, 12, form=form)  # type: ignore[arg-type]
         engine.surrogate(x, engine.run(x, y)).backward()
-        sent[form] = [float((c.d.abs().t() @ c.x.abs()).sum()) for c in (tile.latch.calls[0] for tile in system.layers)]
+        sent[form] = [
+            float((c.d.abs().t() @ c.x.abs()).sum()) for c in (tile.latch.calls[0] for tile in system.layers)
+        ]
     ratios = [direct / difference for direct, difference in zip(sent["direct"], sent["difference"], strict=True)]
     assert ratios[0] > 5 and min(ratios) > 1.5
 
@@ -90,8 +98,8 @@ def test_difference_form_programs_less() -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("config", [DIGITAL, PULSED], ids=["digital", "pulsed"])
 def test_a_step_moves_the_factors_by_the_estimate(config: LRTTConfig, form: str) -> None:
-    """LRTT's step from pre-step values: exact when digital; in expectation when pulsed, over 200 seeds within 5 standard
-    errors of the digital step (devices without variation, whose bounds are far away).
+    """LRTT's step from pre-step values: exact when digital; in expectation when pulsed, over 200 seeds within 5
+    standard errors of the digital step (devices without variation, whose bounds are far away).
     """
     x, y = data(dtype=torch.float32)
     plain = on_tiles(DIGITAL, torch.float32)
@@ -103,8 +111,14 @@ def test_a_step_moves_the_factors_by_the_estimate(config: LRTTConfig, form: str)
 
     ideal = devices.Ideal(dw_min=1e-4, w_max=10.0, w_min=-10.0)
     for seed in range(200 if config is PULSED else 1):
-        numbers = LRTTConfig(rank=3, alpha=0.7, transfer_every=100, seed=seed, reinit_gain=1.0,
-                             fast_device=ideal if config is PULSED else None)
+        numbers = LRTTConfig(
+            rank=3,
+            alpha=0.7,
+            transfer_every=100,
+            seed=seed,
+            reinit_gain=1.0,
+            fast_device=ideal if config is PULSED else None,
+        )
         system = on_tiles(numbers, torch.float32)
         old = {name: getattr(system.layers[1], name).detach().clone() for name in "AB"}
         optimizer = LRTT(system.parameters(), lr=lr)

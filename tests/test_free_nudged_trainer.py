@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_helpers import PULSED, Net, loader
+from lightning_lrtt.callbacks import FreeNudgedMonitor
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lrtt import LRTTConfig, LRTTStrategy, ResumableLoader
-from lightning_lrtt.callbacks import FreeNudgedMonitor
 from lightning_lrtt.free_nudged import DecayingBeta, Estimator, FreeNudgedModule, HopfieldMLP
 from lightning_lrtt.nn import find_tiles
 
@@ -47,8 +47,14 @@ class Module(FreeNudgedModule):
 
 def trainer(tmp_path: Path, **kwargs: Any) -> pl.Trainer:
     defaults: dict[str, Any] = {
-        "max_epochs": 1, "log_every_n_steps": 2, "enable_progress_bar": False, "enable_checkpointing": False,
-        "enable_model_summary": False, "accelerator": "cpu", "logger": False, "default_root_dir": tmp_path,
+        "max_epochs": 1,
+        "log_every_n_steps": 2,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "logger": False,
+        "default_root_dir": tmp_path,
     }
     return pl.Trainer(**(defaults | kwargs))
 
@@ -63,22 +69,25 @@ def train(tmp_path: Path, batch_size: int = 16, module: Module | None = None, **
     return module
 
 
-@pytest.mark.parametrize(("strategy", "lr"), [
-    ("auto", 0.2), (LRTTStrategy(config=DIGITAL), 0.02), (LRTTStrategy(config=PULSED), 0.1)],
-    ids=["dense", "digital", "pulsed"])
+@pytest.mark.parametrize(
+    ("strategy", "lr"),
+    [("auto", 0.2), (LRTTStrategy(config=DIGITAL), 0.02), (LRTTStrategy(config=PULSED), 0.1)],
+    ids=["dense", "digital", "pulsed"],
+)
 def test_it_learns_and_tests_in_inference_mode(tmp_path: Path, strategy: Any, lr: float) -> None:
     module = Module(lr=lr)
     run = trainer(tmp_path, strategy=strategy, max_epochs=30)
     run.fit(module, DataLoader(dataset(), 8), DataLoader(dataset(), 64))
     assert len(find_tiles(module)) == (0 if strategy == "auto" else 2)
     assert run.test(module, DataLoader(dataset(), 64), verbose=False)[0]["test/acc"] > 0.8  # guessing: 0.33
-    assert float(run.callback_metrics["val/loss"] if "val/loss" in run.callback_metrics else 0.0) < 0.25
+    assert float(run.callback_metrics.get("val/loss", 0.0)) < 0.25
 
 
 def test_accumulation_equals_one_batch(tmp_path: Path) -> None:
     """4 x 16 and 1 x 64, to float32 rounding."""
-    torch.testing.assert_close(weights(train(tmp_path, 16, accumulate_grad_batches=4)), weights(train(tmp_path, 64)),
-                               rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        weights(train(tmp_path, 16, accumulate_grad_batches=4)), weights(train(tmp_path, 64)), rtol=0, atol=1e-6
+    )
 
 
 def test_clipping_bounds_the_step(tmp_path: Path) -> None:
@@ -102,14 +111,24 @@ def test_precision(tmp_path: Path, precision: str) -> None:
 @pytest.mark.parametrize("config", [None, DIGITAL, PULSED], ids=["dense", "digital", "pulsed"])
 @pytest.mark.parametrize("init", ["zeros", "previous"])
 def test_resume_in_the_middle(tmp_path: Path, init: str, config: LRTTConfig | None) -> None:
-    """Stopped after 5 of 8 batches and resumed: the bits of the run that never stopped, warm states and signs included."""
+    """Stopped after 5 of 8 batches and resumed: the bits of the run that never stopped, warm states and signs
+    included.
+    """
+
     def run(checkpoint: Path | None) -> Module:
         torch.manual_seed(1)
         module = Module(lr=0.05, init=init, estimator=Estimator(kind="random_sign"), free_steps=3)
-        save = ModelCheckpoint(dirpath=tmp_path, filename="at", every_n_train_steps=5, save_top_k=1, enable_version_counter=False)
+        save = ModelCheckpoint(
+            dirpath=tmp_path, filename="at", every_n_train_steps=5, save_top_k=1, enable_version_counter=False
+        )
         strategy: Any = "auto" if config is None else LRTTStrategy(config=config)
-        again = trainer(tmp_path, strategy=strategy, max_steps=9, max_epochs=2,
-                        **({"callbacks": [save], "enable_checkpointing": True} if checkpoint is None else {}))
+        again = trainer(
+            tmp_path,
+            strategy=strategy,
+            max_steps=9,
+            max_epochs=2,
+            **({"callbacks": [save], "enable_checkpointing": True} if checkpoint is None else {}),
+        )
         again.fit(module, ResumableLoader(dataset(), 8, seed=4), ckpt_path=checkpoint)
         assert again.global_step == 9
         return module
@@ -129,8 +148,9 @@ def test_two_workers_equal_one(tmp_path: Path) -> None:
     torch.testing.assert_close(weights(module), weights(alone), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("average", [EMAWeightAveraging(decay=0.9), StochasticWeightAveraging(0.05, swa_epoch_start=1)],
-                         ids=["EMA", "SWA"])
+@pytest.mark.parametrize(
+    "average", [EMAWeightAveraging(decay=0.9), StochasticWeightAveraging(0.05, swa_epoch_start=1)], ids=["EMA", "SWA"]
+)
 def test_averaging(tmp_path: Path, average: Any) -> None:
     module = train(tmp_path, max_epochs=3, callbacks=[average])
     assert module.engine.system is module.system
@@ -157,9 +177,20 @@ def test_monitor_logs_to_tensorboard(tmp_path: Path) -> None:
     module = train(tmp_path, 8, logger=logger, max_epochs=2, callbacks=[FreeNudgedMonitor(bptt_every_n_steps=4)])
     events = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0, "tensors": 0}).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("free_nudged/")]
-    assert sorted(tags) == sorted(f"free_nudged/{name}" for name in (
-        "cost_free", "cost_nudged", "residual_free", "residual_nudged", "phase_distance", "saturation", "beta",
-        "cosine_bptt", "error_bptt"))
+    assert sorted(tags) == sorted(
+        f"free_nudged/{name}"
+        for name in (
+            "cost_free",
+            "cost_nudged",
+            "residual_free",
+            "residual_nudged",
+            "phase_distance",
+            "saturation",
+            "beta",
+            "cosine_bptt",
+            "error_bptt",
+        )
+    )
     assert [e.step for e in events.Scalars("free_nudged/beta")] == list(range(1, 16, 2))
     assert [e.value for e in events.Scalars("free_nudged/beta")] == pytest.approx([0.1] * 8)
     cosines = events.Scalars("free_nudged/cosine_bptt")
@@ -205,5 +236,3 @@ def test_checkpoints_hold_no_engine(tmp_path: Path) -> None:
     run.fit(module, DataLoader(dataset(), 16))
     state = torch.load(tmp_path / "m.ckpt", weights_only=True)["state_dict"]
     assert sorted(state) == sorted(f"system.layers.{i}.{n}" for i in (0, 1) for n in ("weight", "bias"))
-
-

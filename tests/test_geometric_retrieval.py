@@ -19,8 +19,7 @@ from examples.geometric_retrieval import geometry
 from examples.geometric_retrieval.geometry import GivensRotor
 from examples.geometric_retrieval.model import EmbeddingsDataModule, GeometricModule
 from examples.geometric_retrieval.system import GeometricRetrieval
-
-from lightning_lrtt.free_nudged import Estimator, TwoPhase, System
+from lightning_lrtt.free_nudged import Estimator, System, TwoPhase
 
 POSITIVE = Estimator(kind="positive", beta=0.1)
 
@@ -50,7 +49,9 @@ def test_metric_forms_equal_dense() -> None:
     many = torch.randn(3, 4, 4, generator=generator, dtype=DOUBLE)
 
     def dense(m: Tensor) -> Tensor:
-        return torch.stack([torch.stack([row @ (m[b] if m.dim() == 3 else m) @ row for row in v[b]]) for b in range(3)])
+        return torch.stack(
+            [torch.stack([row @ (m[b] if m.dim() == 3 else m) @ row for row in v[b]]) for b in range(3)]
+        )
 
     torch.testing.assert_close(geometry.diagonal(v, g), dense(g.diag()))
     torch.testing.assert_close(geometry.full(v, matrix), dense(matrix))
@@ -62,7 +63,9 @@ def test_metric_forms_equal_dense() -> None:
 
 @pytest.mark.parametrize(("n", "k"), [(8, 6), (8, 4), (8, 9), (7, 6), (7, 8), (2, 3), (5, 11)], ids=str)
 def test_rotor_equals_the_nested_loop(n: int, k: int) -> None:
-    """Forward and gradients of a plain loop over layers and pairs; odd and even n, k no multiple of n // 2; R orthogonal."""
+    """Forward and gradients of a plain loop over layers and pairs; odd and even n, k no multiple of n // 2; R
+    orthogonal.
+    """
     rotor = GivensRotor(n, k).double()
     rotor.angles.data.copy_(torch.randn(k, dtype=DOUBLE, generator=torch.Generator().manual_seed(k)))
     v = torch.randn(3, n, dtype=DOUBLE, generator=torch.Generator().manual_seed(n))
@@ -132,8 +135,15 @@ def test_window_equals_the_plain_loop(beta: float) -> None:
     system, x, y = filled()
     context = system.prepare(x=x, differentiable=False)
     with torch.no_grad():
-        states = system.window(x=x, context=context, states=system.start(x=x, context=context), steps=12,
-                               target=system.encode(target=y), beta=torch.tensor(beta, dtype=DOUBLE), clamped=None)
+        states = system.window(
+            x=x,
+            context=context,
+            states=system.start(x=x, context=context),
+            steps=12,
+            target=system.encode(target=y),
+            beta=torch.tensor(beta, dtype=DOUBLE),
+            clamped=None,
+        )
     system.field.zero_()
     act, lior, path = loop(system, x, 12, beta, y)
     torch.testing.assert_close(states["act"], act, rtol=1e-9, atol=1e-12)
@@ -160,14 +170,16 @@ def test_rule_is_the_contrastive_gradient_of_the_energy() -> None:
         values = []
         for shift in (1e-5, -1e-5):
             system.rotor.angles.data[index] += shift
-            values.append(float(System.contrast(system, x=x, target=outcome.target, phases=outcome.phases, form="direct")) / 0.1)
+            values.append(
+                float(System.contrast(system, x=x, target=outcome.target, phases=outcome.phases, form="direct")) / 0.1
+            )
             system.rotor.angles.data[index] -= shift
         assert float(angles[index]) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5, abs=1e-8)
 
 
 def test_phases_share_everything_but_the_nudge() -> None:
-    """Without a nudge the second window is the first, bit for bit (field and frame included); with one it is not, and is
-    nearer the target's prototype (in the original the nudge had no effect at all).
+    """Without a nudge the second window is the first, bit for bit (field and frame included); with one it is not, and
+    is nearer the target's prototype (in the original the nudge had no effect at all).
     """
     system, x, y = filled()
     engine = TwoPhase(system, POSITIVE, 64, 64, nudge_from="start")
@@ -187,7 +199,15 @@ def test_memory_and_field_are_those_of_the_free_window() -> None:
     alone, _, _ = filled()
     context = alone.prepare(x=x, differentiable=False)
     with torch.no_grad():
-        alone.window(x=x, context=context, states=alone.start(x=x, context=context), steps=9, target=None, beta=None, clamped=None)
+        alone.window(
+            x=x,
+            context=context,
+            states=alone.start(x=x, context=context),
+            steps=9,
+            target=None,
+            beta=None,
+            clamped=None,
+        )
     TwoPhase(system, POSITIVE, 9, 9, nudge_from="start").run(x, y)
     assert torch.equal(system.field, alone.field)
     assert int(system.written) == 65
@@ -260,14 +280,17 @@ def test_the_metric_learns_what_is_noise() -> None:
 
 
 def test_bad_input() -> None:
-    for arguments, message in (({"rotor_mode": "maybe"}, "rotor_mode must be one of 'off', 'on'"), ({"n": 1}, "n must be >= 2"),
-                               ({"retrieval_beta": 0.0}, "retrieval_beta must be finite and > 0"),
-                               ({"momentum": 1.0}, "momentum must be finite and >= 0 and <= 0.99")):
+    for arguments, message in (
+        ({"rotor_mode": "maybe"}, "rotor_mode must be one of 'off', 'on'"),
+        ({"n": 1}, "n must be >= 2"),
+        ({"retrieval_beta": 0.0}, "retrieval_beta must be finite and > 0"),
+        ({"momentum": 1.0}, "momentum must be finite and >= 0 and <= 0.99"),
+    ):
         with pytest.raises(ValueError, match=message):
             GeometricRetrieval(**arguments)
     with pytest.raises(ValueError, match="GivensRotor: n must be >= 2 and k >= 1"):
         GivensRotor(4, 0)
-    with pytest.raises(ValueError, match="window|steps"):
+    with pytest.raises(ValueError, match="free_steps must be >= 1, got 0"):
         GeometricModule(system=GeometricRetrieval(), window=0)
     with pytest.raises(ValueError, match="step_progress_every must be between 1 and 64, got 65"):
         GeometricModule(system=GeometricRetrieval(), step_progress_every=65)

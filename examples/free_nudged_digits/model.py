@@ -1,4 +1,6 @@
-"""A classifier trained by two phases instead of backpropagation: `FreeNudgedModule` with accuracies and an optimizer."""
+"""A classifier trained by two phases instead of backpropagation: `FreeNudgedModule` with accuracies and an
+optimizer.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,9 @@ def low_rank(v: Tensor, g: Tensor, u: Tensor, d: Tensor) -> Tensor:
         ValueError: If shapes do not fit. D is not checked: that would wait for the device.
     """
     if u.dim() != 2 or u.shape[0] != g.shape[0] or d.shape != u.shape[1:]:
-        raise ValueError(f"low_rank: U must be [n, r] and D [r] for n = {len(g)}, got {list(u.shape)} and {list(d.shape)}")
+        raise ValueError(
+            f"low_rank: U must be [n, r] and D [r] for n = {len(g)}, got {list(u.shape)} and {list(d.shape)}"
+        )
     return (v * v) @ g + ((v @ u) ** 2) @ d
 
 

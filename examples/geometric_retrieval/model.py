@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+from examples.geometric_retrieval.geometry import GivensRotor
 from lightning_lrtt import _check
 from lightning_lrtt.free_nudged import FreeNudgedModule
 
 
 class EmbeddingsDataModule(pl.LightningDataModule):
-    """Scikit-learn's digits as n coordinates: whitened principal components and pure noise, mixed by a random rotation.
+    """Scikit-learn's digits as n coordinates: whitened principal components and pure noise, then turned by a rotor.
 
     A fixed Euclidean metric counts the noise like everything else; a learned one need not.
 
@@ -25,14 +26,25 @@ class EmbeddingsDataModule(pl.LightningDataModule):
         n: Coordinates.
         noise: How many of them are noise before the rotation.
         noise_scale: Standard deviation of the noise (components have 1).
+        angle: Largest angle of the rotor's n random turns, in radians, >= 0; 0 leaves the noise on axes of its own.
         batch_size: Windows in a batch.
         seed: Of the split, the noise and the rotation.
     """
 
-    def __init__(self, n: int = 8, noise: int = 2, noise_scale: float = 1.0, batch_size: int = 32, seed: int = 0) -> None:
+    def __init__(
+        self,
+        n: int = 8,
+        noise: int = 2,
+        noise_scale: float = 1.0,
+        angle: float = 0.3,
+        batch_size: int = 32,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
+        _check.number("EmbeddingsDataModule", "angle", angle, low=0.0)
         _check.integer("EmbeddingsDataModule", "noise", noise, low=0, high=n - 1)
-        self.n, self.noise, self.noise_scale, self.batch_size, self.seed = n, noise, noise_scale, batch_size, seed
+        self.n, self.noise, self.noise_scale, self.angle = n, noise, noise_scale, angle
+        self.batch_size, self.seed = batch_size, seed
 
     @override
     def setup(self, stage: str) -> None:
@@ -47,8 +59,8 @@ class EmbeddingsDataModule(pl.LightningDataModule):
         parts = centred @ directions[: self.n - self.noise].t()
         parts = parts / parts[train].std(0)
         noise = self.noise_scale * torch.randn(len(labels), self.noise, generator=generator)
-        rotation, _ = torch.linalg.qr(torch.randn(self.n, self.n, generator=generator))
-        x = torch.cat([parts, noise], 1) @ rotation
+        angles = self.angle * (2 * torch.rand(self.n, generator=generator) - 1)
+        x = GivensRotor(self.n, self.n)(torch.cat([parts, noise], 1), angles).detach()
         self.train, self.val, self.test = (TensorDataset(x[part], labels[part]) for part in (train, val, test))
 
     @override
@@ -71,13 +83,19 @@ class GeometricModule(FreeNudgedModule):
         lr: eta of metric and angles, >= 0.
         window: Steps of a window.
         nudge_every_windows: Learn in every how many-th window; the others only retrieve and remember.
-        step_progress_every: Log LIoR at every so many steps of a window, at Lightning's logging steps (read once, at the
-            window's end); None: never.
+        step_progress_every: Log LIoR at every so many steps of a window, at Lightning's logging steps (read once, at
+            the window's end); None: never.
         **kwargs: As `FreeNudgedModule`, but for the window's length and ``nudge_from``.
     """
 
-    def __init__(self, lr: float = 0.01, window: int = 64, nudge_every_windows: int = 1,
-                 step_progress_every: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        lr: float = 0.01,
+        window: int = 64,
+        nudge_every_windows: int = 1,
+        step_progress_every: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(free_steps=window, nudged_steps=window, nudge_from="start", **kwargs)
         _check.number("GeometricModule", "lr", lr, low=0.0)
         _check.integer("GeometricModule", "nudge_every_windows", nudge_every_windows, low=1)
@@ -111,7 +129,9 @@ class GeometricModule(FreeNudgedModule):
         if (done + 1) % self.trainer.log_every_n_steps == 0:
             for step, value in enumerate(self._lior[:: self.step_progress_every].tolist()):
                 for logger in self.loggers:
-                    logger.log_metrics({"window/lior": value}, step=done * len(self._lior) + step * self.step_progress_every)
+                    logger.log_metrics(
+                        {"window/lior": value}, step=done * len(self._lior) + step * self.step_progress_every
+                    )
 
     @override
     def validation_step(self, batch: Any, batch_idx: int) -> None:

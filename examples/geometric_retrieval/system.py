@@ -41,10 +41,10 @@ class GeometricRetrieval(System):
     """Windows of retrieval steps; ``E = sum_t R_t sqrt(g(v_t, v_t) + eps)`` along the path is what two phases contrast.
 
     At each step the position q asks the candidates (class prototypes and the memory bank): with ``cost = R_sc
-    sqrt(g(c - q, c - q) + eps)`` and ``w = softmax(-retrieval_beta cost)``, ``act = sum w state`` are the retrieved classes;
-    q moves towards their prototypes with a shared momentum field. A nudge pulls towards the target's prototype. The
-    contrast of the phases shortens the metric along the path that should have been taken and lengthens it along the one
-    that was: ``dE/dg_i = sum_t R_t (R v_t)_i^2 / (2 spd_t)``.
+    sqrt(g(c - q, c - q) + eps)`` and ``w = softmax(-retrieval_beta cost)``, ``act = sum w state`` are the retrieved
+    classes; q moves towards their prototypes with a shared momentum field. A nudge pulls towards the target's
+    prototype. The contrast of the phases shortens the metric along the path that should have been taken and lengthens
+    it along the one that was: ``dE/dg_i = sum_t R_t (R v_t)_i^2 / (2 spd_t)``.
 
     Hooks to override, keyword-only: `compute_R_sc`, `build_retrieval_batch`, `get_velocity`, `step_dynamics`.
 
@@ -66,9 +66,19 @@ class GeometricRetrieval(System):
 
     clampable = False  # the retrieved classes are made anew in each step
 
-    def __init__(self, n: int = 8, classes: int = 10, eps: float = 1e-8, retrieval_beta: float = 5.0, rotor_k: int = 6,
-                 rotor_mode: Literal["off", "on"] = "on", memory: int = 2048, rate: float = 0.05, momentum: float = 0.1,
-                 curvature: float = 0.1) -> None:
+    def __init__(
+        self,
+        n: int = 8,
+        classes: int = 10,
+        eps: float = 1e-8,
+        retrieval_beta: float = 5.0,
+        rotor_k: int = 6,
+        rotor_mode: Literal["off", "on"] = "on",
+        memory: int = 2048,
+        rate: float = 0.05,
+        momentum: float = 0.1,
+        curvature: float = 0.1,
+    ) -> None:
         super().__init__(rate=rate)
         name = type(self).__name__
         _check.integer(name, "n", n, low=2)
@@ -108,7 +118,9 @@ class GeometricRetrieval(System):
         return act @ context.prototypes - position + self.momentum * self.field
 
     def step_dynamics(self, *, position: Tensor, velocity: Tensor) -> Tensor:
-        """The next position. The shared field follows the mean velocity; it is registered and restored between phases."""
+        """The next position. The shared field follows the mean velocity; it is registered and restored between
+        phases.
+        """
         self.field.lerp_(velocity.mean(0), self.rate)
         return position + self.rate * velocity
 
@@ -147,11 +159,26 @@ class GeometricRetrieval(System):
     def start(self, *, x: Tensor, context: _Context) -> States:
         """At the embedding, with an empty path."""
         b = len(x)
-        return {"position": x, "act": x.new_zeros(b, self.classes), "speed": x.new_zeros(b), "path": x.new_zeros(b, 0, self.n),
-                "curvature": x.new_zeros(b, 0), "lior": x.new_zeros(b, 0)}
+        return {
+            "position": x,
+            "act": x.new_zeros(b, self.classes),
+            "speed": x.new_zeros(b),
+            "path": x.new_zeros(b, 0, self.n),
+            "curvature": x.new_zeros(b, 0),
+            "lior": x.new_zeros(b, 0),
+        }
 
-    def window(self, *, x: Tensor, context: _Context, states: States, steps: int, target: Tensor | None,
-               beta: Tensor | None, clamped: Tensor | None) -> States:
+    def window(
+        self,
+        *,
+        x: Tensor,
+        context: _Context,
+        states: States,
+        steps: int,
+        target: Tensor | None,
+        beta: Tensor | None,
+        clamped: Tensor | None,
+    ) -> States:
         """``steps`` retrieval steps; path, curvature and LIoR of each step are appended to the states."""
         position, act, speed = states["position"], states["act"], states["speed"]
         assert context.lengths is not None and context.barred is not None and context.prototypes is not None
@@ -161,7 +188,9 @@ class GeometricRetrieval(System):
             r = self.compute_R_sc(position=position)
             q, candidates, kinds = self.build_retrieval_batch(context=context, position=position)
             weighed = q * context.g
-            squared = torch.addmm(context.lengths, weighed, candidates.t(), alpha=-2.0) + (weighed * q).sum(1, keepdim=True)
+            squared = torch.addmm(context.lengths, weighed, candidates.t(), alpha=-2.0) + (weighed * q).sum(
+                1, keepdim=True
+            )
             cost = r.unsqueeze(1) * (squared.clamp(min=0.0) + self.eps).sqrt() + context.barred
             act = torch.softmax(-self.retrieval_beta * cost, 1) @ kinds
             velocity = self.get_velocity(context=context, position=position, act=act)
@@ -175,10 +204,14 @@ class GeometricRetrieval(System):
             liors.append(r * spd)
             speed = speed + spd
             position = self.step_dynamics(position=position, velocity=velocity)
-        return {"position": position, "act": act, "speed": speed,
-                "path": torch.cat([states["path"], torch.stack(velocities, 1)], 1),
-                "curvature": torch.cat([states["curvature"], torch.stack(curvatures, 1)], 1),
-                "lior": torch.cat([states["lior"], torch.stack(liors, 1)], 1)}
+        return {
+            "position": position,
+            "act": act,
+            "speed": speed,
+            "path": torch.cat([states["path"], torch.stack(velocities, 1)], 1),
+            "curvature": torch.cat([states["curvature"], torch.stack(curvatures, 1)], 1),
+            "lior": torch.cat([states["lior"], torch.stack(liors, 1)], 1),
+        }
 
     def energy(self, *, x: Tensor, context: _Context, states: States) -> Tensor:
         """Length of the path, weighted by curvature ``[B]``; differentiable by the metric."""

@@ -14,7 +14,8 @@ from lightning_lrtt import _check
 
 @dataclass(frozen=True)
 class Activation:
-    """``s = rho(u)`` and the potential G with ``G' = rho^-1``, so that ``s = rho(dPhi/ds)`` minimises ``G(s) - Phi(s)``.
+    """``s = rho(u)`` and the potential G with ``G' = rho^-1``, so that ``s = rho(dPhi/ds)`` minimises ``G(s) -
+    Phi(s)``.
 
     Args:
         name: As users write it.
@@ -57,11 +58,14 @@ def _sigmoid_potential(s: Tensor) -> Tensor:
 
 
 ACTIVATIONS = {
-    a.name: a for a in (
+    a.name: a
+    for a in (
         Activation("tanh", torch.tanh, torch.tanh_, _tanh_potential, -1.0, 1.0, 1.0, True),
         Activation("sigmoid", torch.sigmoid, torch.sigmoid_, _sigmoid_potential, 0.0, 1.0, 0.25, True),
         # clip(u, 0, 1): the energy is s^2/2 within the box.
-        Activation("hard_sigmoid", lambda u: u.clamp(0, 1), lambda u: u.clamp_(0, 1), _half_square, 0.0, 1.0, 1.0, False),
+        Activation(
+            "hard_sigmoid", lambda u: u.clamp(0, 1), lambda u: u.clamp_(0, 1), _half_square, 0.0, 1.0, 1.0, False
+        ),
         Activation("linear", lambda u: u, lambda u: u, _half_square, -math.inf, math.inf, 1.0, True),
     )
 }
@@ -96,7 +100,8 @@ def _cross_entropy(s: Tensor, y: Tensor) -> Tensor:
 
 
 COSTS = {
-    c.name: c for c in (
+    c.name: c
+    for c in (
         Cost("mse", lambda s, y: 0.5 * ((s - y) ** 2).sum(1), lambda s, y: s - y, 1.0),
         Cost("cross_entropy", _cross_entropy, lambda s, y: _softmax(s) * y.sum(1, keepdim=True) - y, 0.5),
     )
@@ -104,15 +109,17 @@ COSTS = {
 
 
 def solves_output(activation: Activation, cost: Cost) -> bool:
-    """Whether the nudged output has a closed form: ``(u + beta y) / (1 + beta)``, clipped to the box if there is one."""
+    """Whether the nudged output has a closed form: ``(u + beta y) / (1 + beta)``, clipped to the box if there is
+    one.
+    """
     return cost.name == "mse" and activation.name in ("linear", "hard_sigmoid")
 
 
 def beta_range(activation: Activation, cost: Cost) -> tuple[float, float]:
     """The open interval of beta in which the nudged output is a minimum that relaxation finds.
 
-    With a quadratic potential and squared error the output's energy is bounded below for beta > -1. Otherwise the output
-    is iterated, which contracts while ``|beta| * slope(rho) * slope(cost) < 1``.
+    With a quadratic potential and squared error the output's energy is bounded below for beta > -1. Otherwise the
+    output is iterated, which contracts while ``|beta| * slope(rho) * slope(cost) < 1``.
     """
     if solves_output(activation, cost):
         return -1.0, math.inf

@@ -1,4 +1,6 @@
-"""Weights between states, on plain layers or LR-TT tiles: frozen for relaxation, and as outer products for the update."""
+"""Weights between states, on plain layers or LR-TT tiles: frozen for relaxation, and as outer products for the
+update.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_lrtt.nn import TileModule
@@ -18,7 +20,7 @@ def frozen_weight(layer: nn.Module) -> Tensor:
     """The matrix or kernel that the layer applies, detached: ``C + alpha A B`` of a tile."""
     if isinstance(layer, TileModule):
         return layer.effective_weight()
-    return layer.weight.detach()  # type: ignore[operator, return-value, union-attr]
+    return live_weight(layer).detach()
 
 
 def live_weight(layer: nn.Module) -> Tensor:
@@ -26,7 +28,14 @@ def live_weight(layer: nn.Module) -> Tensor:
     if isinstance(layer, TileModule):
         product = layer.config.alpha * (layer.A @ layer.B)
         return layer.weight + product.view(layer.weight.shape)
-    return layer.weight  # type: ignore[return-value]
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return weight
+
+
+def bias_of(layer: nn.Module, differentiable: bool) -> Tensor | None:
+    """The layer's bias, detached unless ``differentiable``; None if it has none."""
+    bias: Tensor | None = getattr(layer, "bias", None)
+    return bias if bias is None or differentiable else bias.detach()
 
 
 def check_layers(layers: Sequence[nn.Module], kinds: tuple[type[nn.Module], ...]) -> None:
@@ -61,7 +70,7 @@ class _OuterProduct(torch.autograd.Function):
         return (gradient * weight.detach()).sum()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient.to(ctx.dtype) * grad, None, None
@@ -79,18 +88,22 @@ def couple(layer: nn.Module, x: Tensor, d: Tensor) -> Tensor:
     if isinstance(layer, TileModule):
         return (d * layer.multiply(x)).sum()
     if isinstance(layer, nn.Linear):
-        return _OuterProduct.apply(layer.weight, x, d)  # type: ignore[no-any-return, no-untyped-call]
+        product: Tensor = _OuterProduct.apply(layer.weight, x, d)  # type: ignore[no-untyped-call]
+        return product
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
-    return (d * layer._conv_forward(x, layer.weight, None)).sum()
+    convolved: Tensor = layer._conv_forward(x, layer.weight, None)
+    return (d * convolved).sum()
 
 
-def outer_terms(lower: Sequence[Tensor], upper: Sequence[Tensor], weights: Sequence[complex], form: str,
-                driven: bool = False) -> tuple[Tensor, Tensor]:
+def outer_terms(
+    lower: Sequence[Tensor], upper: Sequence[Tensor], weights: Sequence[complex], form: str, driven: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rows x and d with ``sum d_i x_i^T = Re sum_k weight_k upper_k lower_k^T``.
 
-    ``difference``: with the means m over the phases and ``D = Re sum_k weight_k s_k`` (the weights sum to 0), two phases
-    of opposite weight give exactly ``m D'^T + D m'^T``: every product holds a difference, so no traffic cancels. More
-    phases add ``sum_k weight_k (s_k - m)(s_k' - m')^T``. ``direct``: the products of each phase as they are.
+    ``difference``: with the means m over the phases and ``D = Re sum_k weight_k s_k`` (the weights sum to 0), two
+    phases of opposite weight give exactly ``m D'^T + D m'^T``: every product holds a difference, so no traffic
+    cancels. More phases add ``sum_k weight_k (s_k - m)(s_k' - m')^T``. ``direct``: the products of each phase as they
+    are.
 
     Args:
         lower: States on the input side, one tensor ``[N, ...]`` a phase.
@@ -150,5 +163,7 @@ def _combine(states: Sequence[Tensor], weights: Sequence[complex]) -> Tensor:
     w = [complex(weight) for weight in weights]
     if len(w) == 2 and w[0] == -w[1] and w[0].imag == 0:
         return (_real(states[0]) - _real(states[1])) * w[0].real
-    parts = [s.real * v.real - s.imag * v.imag if s.is_complex() else s * v.real for s, v in zip(states, w, strict=True)]
+    parts = [
+        s.real * v.real - s.imag * v.imag if s.is_complex() else s * v.real for s, v in zip(states, w, strict=True)
+    ]
     return torch.stack(parts).sum(0)

@@ -48,11 +48,14 @@ def bptt(system: System, x: Tensor, target: Tensor, steps: int, last: int | None
             context = system.prepare(x=x, differentiable=False)
             states = system.start(x=x, context=context)
             if steps > last:
-                states = system.window(x=x, context=context, states=states, steps=steps - last, target=None, beta=None,
-                                       clamped=None)
+                states = system.window(
+                    x=x, context=context, states=states, steps=steps - last, target=None, beta=None, clamped=None
+                )
         with torch.enable_grad():
             context = system.prepare(x=x, differentiable=True)
-            states = system.window(x=x, context=context, states=states, steps=last, target=None, beta=None, clamped=None)
+            states = system.window(
+                x=x, context=context, states=states, steps=last, target=None, beta=None, clamped=None
+            )
             cost = system.cost(states=states, target=system.encode(target=target)).mean()
             return _gradients(cost, system)
 
@@ -99,4 +102,6 @@ def energy_trace(system: System, x: Tensor, steps: int) -> Tensor:
 def _gradients(scalar: Tensor, system: System) -> dict[str, Tensor]:
     parameters = learned(system)
     grads = torch.autograd.grad(scalar, list(parameters.values()), allow_unused=True)
-    return {name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), grads, strict=True)}
+    return {
+        name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), grads, strict=True)
+    }

@@ -50,12 +50,12 @@ class TwoPhase:
         nudged_steps: T2, steps of each nudged window, >= 1.
         form: How two phases become outer products on couplings: ``difference`` (exact, and no cancelling pulses) or
             ``direct`` (each phase as it is).
-        init: ``zeros`` starts every batch at the system's `start`; ``previous`` where the batch before stopped, if it had
-            the same shapes.
+        init: ``zeros`` starts every batch at the system's `start`; ``previous`` where the batch before stopped, if it
+            had the same shapes.
         nudge_from: Nudged windows go on from the ``free`` states, or from the ``start`` of the free window (then
             T2 = T1).
-        tolerance: Stop the free window once no state moves by more, checked every ``check_every`` steps. This reads from
-            the device and so cannot be captured. None: always T1 steps.
+        tolerance: Stop the free window once no state moves by more, checked every ``check_every`` steps. This reads
+            from the device and so cannot be captured. None: always T1 steps.
         check_every: See ``tolerance``.
 
     Raises:
@@ -73,10 +73,19 @@ class TwoPhase:
         torch.Size([8, 4])
     """
 
-    def __init__(self, system: System, estimator: Estimator, free_steps: int = 20, nudged_steps: int = 4, *,
-                 form: Literal["difference", "direct"] = "difference", init: Literal["zeros", "previous"] = "zeros",
-                 nudge_from: Literal["free", "start"] = "free", tolerance: float | None = None,
-                 check_every: int = 5) -> None:
+    def __init__(
+        self,
+        system: System,
+        estimator: Estimator,
+        free_steps: int = 20,
+        nudged_steps: int = 4,
+        *,
+        form: Literal["difference", "direct"] = "difference",
+        init: Literal["zeros", "previous"] = "zeros",
+        nudge_from: Literal["free", "start"] = "free",
+        tolerance: float | None = None,
+        check_every: int = 5,
+    ) -> None:
         _check.integer("FreeNudged", "free_steps", free_steps, low=1, remedy="a window needs a step")
         _check.integer("FreeNudged", "nudged_steps", nudged_steps, low=1, remedy="a window needs a step")
         _check.integer("FreeNudged", "check_every", check_every, low=1)
@@ -86,20 +95,40 @@ class TwoPhase:
         if tolerance is not None:
             _check.number("FreeNudged", "tolerance", tolerance, above=0.0)
         if nudge_from == "start" and free_steps != nudged_steps:
-            raise _check.fail("FreeNudged", "nudged_steps", f"equal to free_steps ({free_steps}) with nudge_from 'start'",
-                              nudged_steps, "windows of different length are compared at different times")
+            raise _check.fail(
+                "FreeNudged",
+                "nudged_steps",
+                f"equal to free_steps ({free_steps}) with nudge_from 'start'",
+                nudged_steps,
+                "windows of different length are compared at different times",
+            )
         if nudge_from == "start" and tolerance is not None:
-            raise _check.fail("FreeNudged", "tolerance", "None with nudge_from 'start'", tolerance,
-                              "the free window's length would differ from the nudged one's")
+            raise _check.fail(
+                "FreeNudged",
+                "tolerance",
+                "None with nudge_from 'start'",
+                tolerance,
+                "the free window's length would differ from the nudged one's",
+            )
         check_hooks(system)
         system.check()
         if estimator.is_complex and not (system.holomorphic and system.stackable):
-            raise _check.fail("FreeNudged", "estimator.kind", "other than 'holomorphic' for this system",
-                              type(system).__name__, "its window does not continue to complex states: use smooth "
-                              "activations such as tanh, or kind 'centered'")
+            raise _check.fail(
+                "FreeNudged",
+                "estimator.kind",
+                "other than 'holomorphic' for this system",
+                type(system).__name__,
+                "its window does not continue to complex states: use smooth "
+                "activations such as tanh, or kind 'centered'",
+            )
         if estimator.clamps and not system.clampable:
-            raise _check.fail("FreeNudged", "estimator.kind", "one that nudges for this system", estimator.kind,
-                              f"outputs of {type(system).__name__} cannot be held: use 'centered'")
+            raise _check.fail(
+                "FreeNudged",
+                "estimator.kind",
+                "one that nudges for this system",
+                estimator.kind,
+                f"outputs of {type(system).__name__} cannot be held: use 'centered'",
+            )
         estimator.check_range(*system.beta_range())
         self.system, self.estimator = system, estimator
         self.free_steps, self.nudged_steps = free_steps, nudged_steps
@@ -125,8 +154,15 @@ class TwoPhase:
             self._after.take()
             context = self.system.prepare(x=x, differentiable=False)
             states = self.system.start(x=x, context=context)
-            states = self.system.window(x=x, context=context, states=states, steps=steps or self.free_steps, target=None,
-                                        beta=None, clamped=None)
+            states = self.system.window(
+                x=x,
+                context=context,
+                states=states,
+                steps=steps or self.free_steps,
+                target=None,
+                beta=None,
+                clamped=None,
+            )
             self._after.restore()
             return states
 
@@ -153,8 +189,10 @@ class TwoPhase:
             self._verified = True
             changed = [name for name, p, version in versions if p._version != version]
             if changed:
-                raise RuntimeError(f"FreeNudged: weights must stay as they are between phases, but {', '.join(changed)} "
-                                   "changed in a window; updates belong to the optimizer's step")
+                raise RuntimeError(
+                    f"FreeNudged: weights must stay as they are between phases, but {', '.join(changed)} "
+                    "changed in a window; updates belong to the optimizer's step"
+                )
             self.system.commit(x=x, states=outcome.free, target=outcome.target)
             return outcome
 
@@ -185,8 +223,16 @@ class TwoPhase:
             ends, residual = [], moved
             for k, strength in enumerate(strengths):
                 snapshot.restore()
-                end, last = self._window(x, context, origin, self.nudged_steps, target, None if clamped else strength,
-                                         clamped[k] if clamped else None, measure)
+                end, last = self._window(
+                    x,
+                    context,
+                    origin,
+                    self.nudged_steps,
+                    target,
+                    None if clamped else strength,
+                    clamped[k] if clamped else None,
+                    measure,
+                )
                 ends.append(end)
                 residual = last if k == 0 or last is None or residual is None else torch.maximum(residual, last)
         self._after.restore()
@@ -219,26 +265,53 @@ class TwoPhase:
             if done >= self.free_steps or bool(moved <= self.tolerance):
                 return states, moved
 
-    def _window(self, x: Tensor, context: Any, states: States, steps: int, target: Tensor | None, beta: Tensor | None,
-                clamped: Tensor | None, measure: bool) -> tuple[States, Tensor | None]:
+    def _window(
+        self,
+        x: Tensor,
+        context: Any,
+        states: States,
+        steps: int,
+        target: Tensor | None,
+        beta: Tensor | None,
+        clamped: Tensor | None,
+        measure: bool,
+    ) -> tuple[States, Tensor | None]:
         run = self.system.window
         if not measure:
-            return run(x=x, context=context, states=states, steps=steps, target=target, beta=beta, clamped=clamped), None
+            return run(
+                x=x, context=context, states=states, steps=steps, target=target, beta=beta, clamped=clamped
+            ), None
         if steps > 1:
-            states = run(x=x, context=context, states=states, steps=steps - 1, target=target, beta=beta, clamped=clamped)
+            states = run(
+                x=x, context=context, states=states, steps=steps - 1, target=target, beta=beta, clamped=clamped
+            )
         last = run(x=x, context=context, states=states, steps=1, target=target, beta=beta, clamped=clamped)
         return last, distance(states, last)
 
-    def _stacked(self, x: Tensor, context: Any, origin: States, target: Tensor, strengths: list[Tensor],
-                 clamped: list[Tensor] | None, measure: bool) -> tuple[list[States], Tensor | None]:
+    def _stacked(
+        self,
+        x: Tensor,
+        context: Any,
+        origin: States,
+        target: Tensor,
+        strengths: list[Tensor],
+        clamped: list[Tensor] | None,
+        measure: bool,
+    ) -> tuple[list[States], Tensor | None]:
         """All nudged windows as one over copies of the batch: fewer, larger products."""
         copies, n = len(strengths), len(target)
         beta = torch.stack(strengths).repeat_interleave(n)
         states = {name: s.repeat(copies, *[1] * (s.dim() - 1)) for name, s in origin.items()}
         ends, residual = self._window(
-            x.repeat(copies, *[1] * (x.dim() - 1)), self.system.stack(context, copies), states, self.nudged_steps,
-            target.repeat(copies, *[1] * (target.dim() - 1)), None if clamped else beta,
-            torch.cat(clamped) if clamped else None, measure)
+            x.repeat(copies, *[1] * (x.dim() - 1)),
+            self.system.stack(context, copies),
+            states,
+            self.nudged_steps,
+            target.repeat(copies, *[1] * (target.dim() - 1)),
+            None if clamped else beta,
+            torch.cat(clamped) if clamped else None,
+            measure,
+        )
         parts = {name: s.chunk(copies) for name, s in ends.items()}
         return [{name: part[k] for name, part in parts.items()} for k in range(copies)], residual
 
@@ -248,9 +321,12 @@ class TwoPhase:
         with torch.enable_grad():
             leaves = {name: s.detach().requires_grad_() for name, s in free.items()}
             outputs = self.system.output(states=leaves)
-            slopes = torch.autograd.grad(self.system.cost(states=leaves, target=target).sum(), list(leaves.values()),
-                                         allow_unused=True)
-        grads = {name: torch.zeros_like(s) if g is None else g for (name, s), g in zip(leaves.items(), slopes, strict=True)}
+            slopes = torch.autograd.grad(
+                self.system.cost(states=leaves, target=target).sum(), list(leaves.values()), allow_unused=True
+            )
+        grads = {
+            name: torch.zeros_like(s) if g is None else g for (name, s), g in zip(leaves.items(), slopes, strict=True)
+        }
         return outputs.detach() - factor.real * beta * self.system.output(states=grads)
 
     def _register(self) -> None:
@@ -283,7 +359,9 @@ class TwoPhase:
 
 
 def distance(one: States, other: States) -> Tensor:
-    """Largest absolute difference of any state, a scalar on the device; a state that grew (a recorded path) is left out."""
+    """Largest absolute difference of any state, a scalar on the device; a state that grew (a recorded path) is left
+    out.
+    """
     pairs = [(s, other[name]) for name, s in one.items() if s.numel() and s.shape == other[name].shape]
     return torch.stack([(a - b).abs().max() for a, b in pairs]).max()
 
@@ -291,7 +369,8 @@ def distance(one: States, other: States) -> Tensor:
 def _alike(one: States, other: States) -> bool:
     return one.keys() == other.keys() and all(
         s.shape == other[name].shape and s.dtype == other[name].dtype and s.device == other[name].device
-        for name, s in one.items())
+        for name, s in one.items()
+    )
 
 
 @contextlib.contextmanager

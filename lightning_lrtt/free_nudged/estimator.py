@@ -9,8 +9,17 @@ from typing import Literal
 
 from lightning_lrtt import _check
 
-Kind = Literal["positive", "negative", "random_sign", "centered", "holomorphic", "contrastive",
-               "coupled_positive", "coupled_negative", "coupled_centered"]
+Kind = Literal[
+    "positive",
+    "negative",
+    "random_sign",
+    "centered",
+    "holomorphic",
+    "contrastive",
+    "coupled_positive",
+    "coupled_negative",
+    "coupled_centered",
+]
 KINDS: tuple[str, ...] = Kind.__args__  # type: ignore[attr-defined]
 
 
@@ -75,11 +84,21 @@ class Estimator:
                 raise _check.fail("Estimator", "points", "given for kind 'holomorphic'", None, "4 is a good start")
             _check.integer("Estimator", "points", self.points, low=2)
         elif self.points is not None:
-            raise _check.fail("Estimator", "points", f"left out for kind {self.kind!r}", self.points,
-                              "only 'holomorphic' has points")
+            raise _check.fail(
+                "Estimator",
+                "points",
+                f"left out for kind {self.kind!r}",
+                self.points,
+                "only 'holomorphic' has points",
+            )
         if self.kind == "contrastive" and self.beta != Estimator.beta:
-            raise _check.fail("Estimator", "beta", "left out for kind 'contrastive'", self.beta,
-                              "it holds the outputs at the target and divides by nothing")
+            raise _check.fail(
+                "Estimator",
+                "beta",
+                "left out for kind 'contrastive'",
+                self.beta,
+                "it holds the outputs at the target and divides by nothing",
+            )
 
     @property
     def clamps(self) -> bool:
@@ -122,9 +141,14 @@ class Estimator:
         signs = (1.0, -1.0) if self.kind == "random_sign" else ()
         for factor in (*(complex(b.factor).real for b in self.branches()), *signs):
             if not low < factor * strength < high:
-                raise _check.fail("Estimator", "beta", f"such that every nudge lies in ({low:g}, {high:g})", strength,
-                                  f"kind {self.kind!r} nudges by {factor * strength:g}, where the nudged energy has no "
-                                  "minimum that relaxation finds; use a smaller beta")
+                raise _check.fail(
+                    "Estimator",
+                    "beta",
+                    f"such that every nudge lies in ({low:g}, {high:g})",
+                    strength,
+                    f"kind {self.kind!r} nudges by {factor * strength:g}, where the nudged energy has no "
+                    "minimum that relaxation finds; use a smaller beta",
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

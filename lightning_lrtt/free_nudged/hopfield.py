@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -44,17 +45,17 @@ class _Nudge:
 class HopfieldMLP(System):
     """``E = sum_i G(s_i) - sum_i s_i^T (W_i s_(i-1) + b_i)`` with ``s_0 = x``, relaxed by ``s_i <- rho(dPhi/ds_i)``.
 
-    Couplings are `torch.nn.Linear` layers, which the ``lrtt`` strategy turns into tiles. The states ``odd`` and ``even``
-    hold the layers of odd and even number side by side (`split` gives them one by one).
+    Couplings are `torch.nn.Linear` layers, which the ``lrtt`` strategy turns into tiles. The states ``odd`` and
+    ``even`` hold the layers of odd and even number side by side (`split` gives them one by one).
 
     Args:
         sizes: Inputs, hidden layers, outputs; at least two numbers.
-        activation: rho of hidden layers: ``tanh``, ``sigmoid``, ``hard_sigmoid``, or ``linear``, whose energy is bounded
-            only while the couplings' norm is below 1.
+        activation: rho of hidden layers: ``tanh``, ``sigmoid``, ``hard_sigmoid``, or ``linear``, whose energy is
+            bounded only while the couplings' norm is below 1.
         output: rho of the outputs.
         cost: ``mse`` (half the squared error) or ``cross_entropy`` (of the softmax of the outputs).
-        order: ``synchronous`` moves all layers at once; ``even_odd`` the odd ones first, then the even ones from the new
-            odd ones, which converges in about half the steps.
+        order: ``synchronous`` moves all layers at once; ``even_odd`` the odd ones first, then the even ones from the
+            new odd ones, which converges in about half the steps.
         bias: Whether states have biases.
         gain: Factor on the initial weights of all layers but the first, > 0. Two states drive each other through them;
             at 1 the norm of these couplings is above 1 and relaxation takes hundreds of steps.
@@ -72,18 +73,24 @@ class HopfieldMLP(System):
         >>> context = system.prepare(x=x, differentiable=False)
         >>> states = system.start(x=x, context=context)
         >>> with torch.no_grad():
-        ...     states = system.window(x=x, context=context, states=states, steps=20, target=None, beta=None, clamped=None)
+        ...     states = system.window(x=x, context=context, states=states, steps=20, target=None, beta=None,
+        clamped=None)
         >>> system.output(states=states).shape
         torch.Size([5, 2])
     """
 
     stackable = True
 
-    def __init__(self, sizes: Sequence[int], activation: Literal["tanh", "sigmoid", "hard_sigmoid", "linear"] = "tanh",
-                 output: Literal["linear", "tanh", "sigmoid", "hard_sigmoid"] = "linear",
-                 cost: Literal["mse", "cross_entropy"] = "mse",
-                 order: Literal["synchronous", "even_odd"] = "synchronous", bias: bool = True,
-                 gain: float = 0.5) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        activation: Literal["tanh", "sigmoid", "hard_sigmoid", "linear"] = "tanh",
+        output: Literal["linear", "tanh", "sigmoid", "hard_sigmoid"] = "linear",
+        cost: Literal["mse", "cross_entropy"] = "mse",
+        order: Literal["synchronous", "even_odd"] = "synchronous",
+        bias: bool = True,
+        gain: float = 0.5,
+    ) -> None:
         super().__init__()
         name = type(self).__name__
         if len(sizes) < 2:
@@ -95,11 +102,11 @@ class HopfieldMLP(System):
         self.hidden = activation_named(name, "activation", activation)
         self.out = activation_named(name, "output", output)
         self.cost_function = cost_named(name, cost)
-        self.layers = nn.ModuleList(nn.Linear(a, b, bias) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias) for a, b in itertools.pairwise(sizes))
         _check.number(name, "gain", gain, above=0.0)
         with torch.no_grad():
             for layer in self.layers[1:]:
-                layer.weight.mul_(gain)  # type: ignore[operator, union-attr]
+                layer.weight.mul_(gain)  # type: ignore[operator]
         self.holomorphic = self.hidden.holomorphic and self.out.holomorphic
         self._solves = solves_output(self.out, self.cost_function)
         self._outputs = "odd" if len(self.layers) % 2 else "even"
@@ -109,16 +116,21 @@ class HopfieldMLP(System):
 
     def start(self, *, x: Tensor, context: _Context) -> States:
         """Zeros."""
-        return {"odd": torch.zeros_like(context.odd), "even": context.odd.new_zeros(len(context.odd), len(context.even))}
+        return {
+            "odd": torch.zeros_like(context.odd),
+            "even": context.odd.new_zeros(len(context.odd), len(context.even)),
+        }
 
     def split(self, states: States) -> list[Tensor]:
         """Views of layers 1, 2, ... in order."""
-        parts = {name: iter(states[name].split(self._widths[name], 1)) for name in ("odd", "even") if self._widths[name]}
+        parts = {
+            name: iter(torch.split(states[name], list(self._widths[name]), 1)) for name in ("odd", "even") if self._widths[name]
+        }
         return [next(parts["odd" if i % 2 else "even"]) for i in range(1, len(self.sizes))]
 
     def output(self, *, states: States) -> Tensor:
         """The last layer."""
-        return states[self._outputs][:, -self.sizes[-1]:]
+        return states[self._outputs][:, -self.sizes[-1] :]
 
     def encode(self, *, target: Tensor) -> Tensor:
         """Class indices as one-hot rows in the parameters' dtype."""
@@ -153,12 +165,14 @@ class HopfieldMLP(System):
         x = x.flatten(1).to(w[0].dtype)
         blocks = []
         for i in range(1, len(self.sizes), 2):  # odd layers
-            row = [w[i - 1] if j == i - 1 else w[i].t() if j == i + 1 else w[0].new_zeros(self.sizes[i], self.sizes[j])
-                   for j in range(2, len(self.sizes), 2)]
+            row = [
+                w[i - 1] if j == i - 1 else w[i].t() if j == i + 1 else w[0].new_zeros(self.sizes[i], self.sizes[j])
+                for j in range(2, len(self.sizes), 2)
+            ]
             blocks.append(torch.cat(row, 1) if row else w[0].new_zeros(self.sizes[i], 0))
         matrix = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-        biases = [w[0].new_zeros(size) if layer.bias is None else layer.bias if differentiable else layer.bias.detach()
-                  for layer, size in zip(self.layers, self.sizes[1:], strict=True)]
+        found = [couplings.bias_of(layer, differentiable) for layer in self.layers]
+        biases = [w[0].new_zeros(n) if b is None else b for b, n in zip(found, self.sizes[1:], strict=True)]
         first = torch.addmm(biases[0], x, w[0].t())
         rest = [b.expand(len(x), -1) for b in biases[2::2]]
         even = torch.cat(biases[1::2]) if biases[1::2] else w[0].new_zeros(0)
@@ -168,8 +182,17 @@ class HopfieldMLP(System):
         """The same weights for ``copies`` batches."""
         return _Context(context.matrix, context.odd.repeat(copies, 1), context.even)
 
-    def window(self, *, x: Tensor, context: _Context, states: States, steps: int, target: Tensor | None,
-               beta: Tensor | None, clamped: Tensor | None) -> States:
+    def window(
+        self,
+        *,
+        x: Tensor,
+        context: _Context,
+        states: States,
+        steps: int,
+        target: Tensor | None,
+        beta: Tensor | None,
+        clamped: Tensor | None,
+    ) -> States:
         """``steps`` sweeps over all layers."""
         nudge = self._nudge(target, beta, clamped)
         kinds = [t.dtype for t in (context.odd, *states.values())] + ([] if beta is None else [beta.dtype])
@@ -207,8 +230,16 @@ class HopfieldMLP(System):
         states = self.hold({"odd": odd, "even": even}, value)
         return states["odd"], states["even"]
 
-    def _move(self, group: str, drive: Tensor, other: Tensor, matrix: Tensor, old: Tensor, nudge: _Nudge | None,
-              out: Tensor | None) -> Tensor:
+    def _move(
+        self,
+        group: str,
+        drive: Tensor,
+        other: Tensor,
+        matrix: Tensor,
+        old: Tensor,
+        nudge: _Nudge | None,
+        out: Tensor | None,
+    ) -> Tensor:
         """``rho(drive + other matrix)`` for the layers of one group; into ``out`` unless gradients are wanted."""
         width = self.sizes[-1] if group == self._outputs else 0
         hidden = old.shape[1] - width
@@ -235,8 +266,11 @@ class HopfieldMLP(System):
             return u.copy_(nudge.clamped) if inplace else nudge.clamped.expand_as(u)
         if nudge is not None and nudge.scale is not None:
             assert nudge.shift is not None
-            u = torch.addcmul(nudge.shift, u, nudge.scale, out=u) if inplace else \
-                torch.addcmul(nudge.shift, u, nudge.scale)
+            u = (
+                torch.addcmul(nudge.shift, u, nudge.scale, out=u)
+                if inplace
+                else torch.addcmul(nudge.shift, u, nudge.scale)
+            )
         elif push is not None:
             u = u.sub_(push) if inplace else u - push
         return self.out.apply_(u) if inplace else self.out.apply(u)
@@ -262,8 +296,9 @@ class HopfieldMLP(System):
         for i, layer in enumerate(self.layers):
             rows, cotangents = couplings.outer_terms(layers[i], layers[i + 1], weights, form, driven=i == 0)
             term = couplings.couple(layer, rows, cotangents)
-            if layer.bias is not None:
-                term = term + (layer.bias * couplings.difference(layers[i + 1], weights).sum(0)).sum()
+            bias = couplings.bias_of(layer, True)
+            if bias is not None:
+                term = term + (bias * couplings.difference(layers[i + 1], weights).sum(0)).sum()
             total = term if total is None else total + term
         assert total is not None
         return total / -len(x)

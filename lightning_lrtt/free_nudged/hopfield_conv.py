@@ -1,4 +1,6 @@
-"""A convolutional Hopfield network: convolutions with pooling below, linear layers on top; relaxed by autograd of Phi."""
+"""A convolutional Hopfield network: convolutions with pooling below, linear layers on top; relaxed by autograd of
+Phi.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ class HopfieldConvNet(System):
     """``Phi = sum_i s_i . pool(w_i * s_(i-1)) + sum_i s_i . b_i``, relaxed by ``s_i <- rho(dPhi/ds_i)``, all at once.
 
     The model of Ernoult et al. (2019) and Laborieux et al. (2021): pooled convolutions, then linear layers. The
-    derivative of Phi goes back through the pooling, so it is taken by autograd; the drive of the input is computed once a
-    step. Couplings are `torch.nn.Conv2d` and `torch.nn.Linear` layers, which may become tiles.
+    derivative of Phi goes back through the pooling, so it is taken by autograd; the drive of the input is computed
+    once a step. Couplings are `torch.nn.Conv2d` and `torch.nn.Linear` layers, which may become tiles.
 
     Args:
         image: Channels, height and width of the input.
@@ -60,39 +62,59 @@ class HopfieldConvNet(System):
 
     stackable = True
 
-    def __init__(self, image: Sequence[int], channels: Sequence[int], classes: int, hidden: Sequence[int] = (),
-                 kernel: int = 3, pool: Literal["max", "avg"] = "avg",
-                 activation: Literal["tanh", "sigmoid", "hard_sigmoid"] = "hard_sigmoid",
-                 output: Literal["linear", "tanh", "sigmoid", "hard_sigmoid"] = "linear",
-                 cost: Literal["mse", "cross_entropy"] = "mse", gain: float = 0.5) -> None:
+    def __init__(
+        self,
+        image: Sequence[int],
+        channels: Sequence[int],
+        classes: int,
+        hidden: Sequence[int] = (),
+        kernel: int = 3,
+        pool: Literal["max", "avg"] = "avg",
+        activation: Literal["tanh", "sigmoid", "hard_sigmoid"] = "hard_sigmoid",
+        output: Literal["linear", "tanh", "sigmoid", "hard_sigmoid"] = "linear",
+        cost: Literal["mse", "cross_entropy"] = "mse",
+        gain: float = 0.5,
+    ) -> None:
         super().__init__()
         name = type(self).__name__
         _check.integer(name, "kernel", kernel, low=1)
         if kernel % 2 == 0:
             raise _check.fail(name, "kernel", "odd", kernel)
         if len(image) != 3 or not channels:
-            raise _check.fail(name, "image and channels", "(channels, height, width) and at least one layer",
-                              (tuple(image), tuple(channels)))
+            raise _check.fail(
+                name,
+                "image and channels",
+                "(channels, height, width) and at least one layer",
+                (tuple(image), tuple(channels)),
+            )
         for size in (*image, *channels, classes, *hidden):
             _check.integer(name, "sizes", size, low=1)
         _check.choice(name, "pool", pool, ("max", "avg"))
         _check.number(name, "gain", gain, above=0.0)
-        self.hidden, self.out = activation_named(name, "activation", activation), activation_named(name, "output", output)
+        self.hidden, self.out = (
+            activation_named(name, "activation", activation),
+            activation_named(name, "output", output),
+        )
         self.cost_function = cost_named(name, cost)
         self.pool, self.classes = pool, classes
         maps = [image[0], *channels]
         height, width = image[1] >> len(channels), image[2] >> len(channels)
         if height * width == 0:
-            raise _check.fail(name, "channels", f"few enough for {len(channels)} poolings by 2 of {image[1]}x{image[2]}",
-                              list(channels))
+            raise _check.fail(
+                name,
+                "channels",
+                f"few enough for {len(channels)} poolings by 2 of {image[1]}x{image[2]}",
+                list(channels),
+            )
         flat = [channels[-1] * height * width, *hidden, classes]
         self.layers = nn.ModuleList(
             [nn.Conv2d(a, b, kernel, padding=kernel // 2) for a, b in itertools.pairwise(maps)]
-            + [nn.Linear(a, b) for a, b in itertools.pairwise(flat)])
+            + [nn.Linear(a, b) for a, b in itertools.pairwise(flat)]
+        )
         with torch.no_grad():
             for layer in list(self.layers)[1:]:
-                layer.weight.mul_(gain)
-        self.shapes = [(c, image[1] >> i + 1, image[2] >> i + 1) for i, c in enumerate(channels)]
+                layer.weight.mul_(gain)  # type: ignore[operator]
+        self.shapes: list[tuple[int, ...]] = [(c, image[1] >> i + 1, image[2] >> i + 1) for i, c in enumerate(channels)]
         self.shapes += [(size,) for size in flat[1:]]
         self.convolutions = len(channels)
 
@@ -135,7 +157,8 @@ class HopfieldConvNet(System):
         """Weights and the drive of the input."""
         weight = couplings.live_weight if differentiable else couplings.frozen_weight
         weights = tuple(weight(layer) for layer in self.layers)
-        biases = tuple(layer.bias if differentiable else layer.bias.detach() for layer in self.layers)
+        found = [couplings.bias_of(layer, differentiable) for layer in self.layers]
+        biases = tuple(b for b in found if b is not None)  # every layer has one
         return _Context(weights, biases, self._apply_layer(0, x.to(weights[0].dtype), weights[0]))
 
     def stack(self, context: _Context, copies: int) -> _Context:
@@ -159,8 +182,17 @@ class HopfieldConvNet(System):
             total = total + (s * b.view(-1, *[1] * (s.dim() - 2))).flatten(1).sum(1)
         return total
 
-    def window(self, *, x: Tensor, context: _Context, states: States, steps: int, target: Tensor | None,
-               beta: Tensor | None, clamped: Tensor | None) -> States:
+    def window(
+        self,
+        *,
+        x: Tensor,
+        context: _Context,
+        states: States,
+        steps: int,
+        target: Tensor | None,
+        beta: Tensor | None,
+        clamped: Tensor | None,
+    ) -> States:
         """``steps`` synchronous steps."""
         differentiable = torch.is_grad_enabled()
         names, layers = list(states), list(states.values())
@@ -171,7 +203,9 @@ class HopfieldConvNet(System):
             last = drives[-1]
             if beta is not None:
                 assert target is not None
-                last = last - beta.view(-1, 1) * self.cost_function.gradient(leaves[-1] if differentiable else layers[-1], target)
+                last = last - beta.view(-1, 1) * self.cost_function.gradient(
+                    leaves[-1] if differentiable else layers[-1], target
+                )
             layers = [self.hidden.apply(u) for u in drives[:-1]]
             layers.append(self.out.apply(last) if clamped is None else clamped)
         return dict(zip(names, layers, strict=True))
@@ -189,12 +223,14 @@ class HopfieldConvNet(System):
     def contrast(self, *, x: Tensor, target: Tensor, phases: Sequence[Phase], form: str) -> Tensor:
         """See `System.contrast`; terms that do not depend on parameters are left out.
 
-        The pooled product is ``unpool(s_i) . (w * s_(i-1))``. Both forms are exact with either pooling, since the unpooled
-        states of each phase are what enters the differences.
+        The pooled product is ``unpool(s_i) . (w * s_(i-1))``. Both forms are exact with either pooling, since the
+        unpooled states of each phase are what enters the differences.
         """
         weights = [phase.weight for phase in phases]
-        layers = [[x.to(self.output(states=phases[0].states).dtype)] * len(phases),
-                  *(list(s) for s in zip(*(p.states.values() for p in phases), strict=True))]
+        layers = [
+            [x.to(self.output(states=phases[0].states).dtype)] * len(phases),
+            *(list(s) for s in zip(*(p.states.values() for p in phases), strict=True)),
+        ]
         total: Tensor | None = None
         for i, layer in enumerate(self.layers):
             lower, upper = layers[i], layers[i + 1]
@@ -205,7 +241,9 @@ class HopfieldConvNet(System):
             rows, cotangents = couplings.outer_terms(lower, upper, weights, form, driven=i == 0)
             term = couplings.couple(layer, rows, cotangents)
             delta = couplings.difference(layers[i + 1], weights)
-            term = term + (layer.bias * delta.flatten(2).sum((0, 2)) if delta.dim() > 2 else layer.bias * delta.sum(0)).sum()
+            bias = couplings.bias_of(layer, True)
+            assert bias is not None
+            term = term + (bias * (delta.flatten(2).sum((0, 2)) if delta.dim() > 2 else delta.sum(0))).sum()
             total = term if total is None else total + term
         assert total is not None
         return total / -len(x)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_lrtt import _check
@@ -56,16 +56,37 @@ class FreeNudgedModule(pl.LightningModule):
 
     beta: Tensor
 
-    def __init__(self, system: System, estimator: Estimator | None = None, free_steps: int = 20, nudged_steps: int = 4,
-                 form: Literal["difference", "direct"] = "difference", init: Literal["zeros", "previous"] = "zeros",
-                 nudge_from: Literal["free", "start"] = "free", tolerance: float | None = None, check_every: int = 5,
-                 schedule: Callable[[int], float] | None = None, statistics: bool = False) -> None:
+    def __init__(
+        self,
+        system: System,
+        estimator: Estimator | None = None,
+        free_steps: int = 20,
+        nudged_steps: int = 4,
+        form: Literal["difference", "direct"] = "difference",
+        init: Literal["zeros", "previous"] = "zeros",
+        nudge_from: Literal["free", "start"] = "free",
+        tolerance: float | None = None,
+        check_every: int = 5,
+        schedule: Callable[[int], float] | None = None,
+        statistics: bool = False,
+    ) -> None:
         super().__init__()
         self.system = system
-        self.engine = TwoPhase(system, estimator or Estimator(), free_steps, nudged_steps, form=form, init=init,
-                               nudge_from=nudge_from, tolerance=tolerance, check_every=check_every)
+        self.engine = TwoPhase(
+            system,
+            estimator or Estimator(),
+            free_steps,
+            nudged_steps,
+            form=form,
+            init=init,
+            nudge_from=nudge_from,
+            tolerance=tolerance,
+            check_every=check_every,
+        )
         if schedule is not None and not self.estimator.divides:
-            raise _check.fail("FreeNudgedModule", "schedule", "None for kind 'contrastive'", schedule, "it has no beta")
+            raise _check.fail(
+                "FreeNudgedModule", "schedule", "None for kind 'contrastive'", schedule, "it has no beta"
+            )
         self.schedule, self.statistics = schedule, statistics
         self.stats = PhaseStats(OBSERVABLES)
         first = next(iter(system.parameters()))
@@ -96,7 +117,8 @@ class FreeNudgedModule(pl.LightningModule):
         mixed = "mixed" in str(self.trainer.precision)
         if mixed and self.engine.form == "direct":
             raise MisconfigurationException(
-                f"FreeNudgedModule: form must be 'difference' under precision {self.trainer.precision!r}, got 'direct'; "
+                f"FreeNudgedModule: form must be 'difference' under precision {self.trainer.precision!r}, got "
+                "'direct'; "
                 "products of whole states, rounded to 8 bits, would bury the difference of the phases"
             )
 
@@ -158,7 +180,13 @@ class FreeNudgedModule(pl.LightningModule):
         nudged = next(p for p in outcome.phases if p.states is not outcome.free)
         states = {name: s.real if s.is_complex() else s for name, s in nudged.states.items()}
         assert outcome.residuals is not None
-        self.stats.record([
-            outcome.cost, self.system.cost(states=states, target=outcome.target).mean(), *outcome.residuals.unbind(),
-            distance(states, outcome.free), self.system.saturation(outcome.free), self.beta,
-        ])
+        self.stats.record(
+            [
+                outcome.cost,
+                self.system.cost(states=states, target=outcome.target).mean(),
+                *outcome.residuals.unbind(),
+                distance(states, outcome.free),
+                self.system.saturation(outcome.free),
+                self.beta,
+            ]
+        )

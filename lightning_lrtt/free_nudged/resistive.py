@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,9 @@ class ResistiveLayer(nn.Module):
         self.conductance = nn.Parameter(torch.rand(outputs, inputs) * scale / (inputs + outputs) ** 0.5)
 
     def power(self, below: Tensor, above: Tensor, conductance: Tensor | None = None) -> Tensor:
-        """Half the dissipated power of each sample ``[N]``, differentiable by conductances and node voltages (volts)."""
+        """Half the dissipated power of each sample ``[N]``, differentiable by conductances and node voltages
+        (volts).
+        """
         g = self.conductance if conductance is None else conductance
         cross = (above * (below @ g.t())).sum(1)
         return 0.5 * ((above**2) @ g.sum(1) + (below**2) @ g.sum(0)) - cross
@@ -67,10 +69,10 @@ class ResistiveMLP(System):
     """Layers of nodes joined by crossbars; half of the hidden nodes carry a diode to ground each way.
 
     Kirchhoff's laws minimise the dissipated power ``E = sum_l 1/2 sum_ij g^l_ij (v_i - u_j)^2`` within what the diodes
-    allow: the first half of a hidden layer stays >= 0 V, the second half <= 0 V. Inputs enter as ``gain (x, -x)``, outputs
-    are read as differences of node pairs, and nudging sends currents ``-beta dcost`` into them. Relaxation solves the odd
-    layers exactly given the even ones, then the even ones given the odd ones (block coordinate descent: the energy never
-    rises; Scellier 2024, "A fast algorithm to simulate nonlinear resistive networks").
+    allow: the first half of a hidden layer stays >= 0 V, the second half <= 0 V. Inputs enter as ``gain (x, -x)``,
+    outputs are read as differences of node pairs, and nudging sends currents ``-beta dcost`` into them. Relaxation
+    solves the odd layers exactly given the even ones, then the even ones given the odd ones (block coordinate
+    descent: the energy never rises; Scellier 2024, "A fast algorithm to simulate nonlinear resistive networks").
 
     Args:
         sizes: Inputs, hidden layers (even numbers), outputs.
@@ -92,8 +94,13 @@ class ResistiveMLP(System):
     stackable = True
     clampable = False  # a difference does not fix two nodes
 
-    def __init__(self, sizes: Sequence[int], gain: float = 4.0, cost: Literal["mse", "cross_entropy"] = "mse",
-                 scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        gain: float = 4.0,
+        cost: Literal["mse", "cross_entropy"] = "mse",
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
         name = type(self).__name__
         if len(sizes) < 2:
@@ -101,18 +108,25 @@ class ResistiveMLP(System):
         for size in sizes:
             _check.integer(name, "sizes", size, low=1)
         if any(size % 2 for size in sizes[1:-1]):
-            raise _check.fail(name, "sizes", "even for hidden layers, whose halves carry opposite diodes", list(sizes))
+            raise _check.fail(
+                name, "sizes", "even for hidden layers, whose halves carry opposite diodes", list(sizes)
+            )
         _check.number(name, "gain", gain, above=0.0)
         self.sizes, self.gain = tuple(sizes), gain
         self.cost_function = cost_named(name, cost)
         nodes = [2 * sizes[0], *sizes[1:-1], 2 * sizes[-1]]
         self.layers = nn.ModuleList(ResistiveLayer(a, b, scale) for a, b in itertools.pairwise(nodes))
 
+    @property
+    def crossbars(self) -> list[ResistiveLayer]:
+        """The layers of conductances, from the inputs up."""
+        return cast("list[ResistiveLayer]", list(self.layers))
+
     @torch.no_grad()
     def project(self) -> None:
         """Bring every conductance back to >= 0."""
-        for layer in self.layers:
-            layer.project()  # type: ignore[operator]
+        for layer in self.crossbars:
+            layer.project()
 
     # -------------------------------------------------------------- states
 
@@ -148,7 +162,7 @@ class ResistiveMLP(System):
 
     def prepare(self, *, x: Tensor, differentiable: bool) -> _Context:
         """Conductances of this step, the load of every node and the current of the input."""
-        g = tuple(layer.conductance if differentiable else layer.conductance.detach() for layer in self.layers)
+        g = tuple(layer.conductance if differentiable else layer.conductance.detach() for layer in self.crossbars)
         x = self.gain * x.flatten(1).to(g[0].dtype)
         inputs = torch.cat([x, -x], 1)
         loads = tuple(w.sum(1) + (g[i + 1].sum(0) if i + 1 < len(g) else 0) for i, w in enumerate(g))
@@ -156,10 +170,21 @@ class ResistiveMLP(System):
 
     def stack(self, context: _Context, copies: int) -> _Context:
         """The same conductances for ``copies`` batches."""
-        return _Context(context.conductances, context.inputs.repeat(copies, 1), context.loads, context.drive.repeat(copies, 1))
+        return _Context(
+            context.conductances, context.inputs.repeat(copies, 1), context.loads, context.drive.repeat(copies, 1)
+        )
 
-    def window(self, *, x: Tensor, context: _Context, states: States, steps: int, target: Tensor | None,
-               beta: Tensor | None, clamped: Tensor | None) -> States:
+    def window(
+        self,
+        *,
+        x: Tensor,
+        context: _Context,
+        states: States,
+        steps: int,
+        target: Tensor | None,
+        beta: Tensor | None,
+        clamped: Tensor | None,
+    ) -> States:
         """``steps`` sweeps: odd layers, then even ones."""
         names, v = list(states), list(states.values())
         for _ in range(steps):
@@ -168,7 +193,9 @@ class ResistiveMLP(System):
                     v[i] = self._solve(i, context, v, target, beta)
         return dict(zip(names, v, strict=True))
 
-    def _solve(self, i: int, context: _Context, v: list[Tensor], target: Tensor | None, beta: Tensor | None) -> Tensor:
+    def _solve(
+        self, i: int, context: _Context, v: list[Tensor], target: Tensor | None, beta: Tensor | None
+    ) -> Tensor:
         """Layer i + 1 given its neighbours: currents over loads, then the diodes."""
         g = context.conductances
         current = context.drive if i == 0 else v[i - 1] @ g[i].t()
@@ -188,8 +215,13 @@ class ResistiveMLP(System):
     def energy(self, *, x: Tensor, context: _Context, states: States) -> Tensor:
         """Half the dissipated power of each sample."""
         v = [context.inputs, *states.values()]
-        return sum((layer.power(v[i], v[i + 1], g) for i, (layer, g) in  # type: ignore[operator, misc, return-value]
-                    enumerate(zip(self.layers, context.conductances, strict=True))), torch.zeros_like(v[0][:, 0]))
+        return sum(
+            (
+                layer.power(v[i], v[i + 1], g)
+                for i, (layer, g) in enumerate(zip(self.crossbars, context.conductances, strict=True))
+            ),
+            torch.zeros_like(v[0][:, 0]),
+        )
 
     def contrast(self, *, x: Tensor, target: Tensor, phases: Sequence[Phase], form: str) -> Tensor:
         """See `System.contrast`; the input's drive is not needed."""
@@ -198,6 +230,6 @@ class ResistiveMLP(System):
         inputs = torch.cat([x, -x], 1)
         for phase in phases:
             v = [inputs, *phase.states.values()]
-            for i, layer in enumerate(self.layers):
+            for i, layer in enumerate(self.crossbars):
                 total = total + complex(phase.weight).real * layer.power(v[i], v[i + 1]).mean()
         return total  # type: ignore[no-any-return]

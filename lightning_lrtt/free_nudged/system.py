@@ -48,17 +48,17 @@ class System(nn.Module):
     """A physical system to be trained by free and nudged relaxation.
 
     Subclass it and write `start`, `energy`, `cost` and `output`; the other hooks have defaults by autograd, in which
-    states follow the gradient flow ``s <- s - rate d(E + beta cost)/ds``. All hooks take keyword arguments only. A window
-    must not change the states that it is given, and must return states of the same names; they keep their shapes, but for
-    records of the path, which may grow. Whatever else it
+    states follow the gradient flow ``s <- s - rate d(E + beta cost)/ds``. All hooks take keyword arguments only. A
+    window must not change the states that it is given, and must return states of the same names; they keep their
+    shapes, but for records of the path, which may grow. Whatever else it
     changes (a history, counters in tensors, a `torch.Generator`) it must name in `registered`.
 
     Args:
         rate: Step of the default gradient flow, > 0.
 
     Attributes:
-        stackable: Whether several windows may run as one over copies of the batch: samples do not interact and nothing is
-            registered.
+        stackable: Whether several windows may run as one over copies of the batch: samples do not interact and
+            nothing is registered.
         holomorphic: Whether the window continues to complex beta.
         clampable: Whether outputs can be held, as contrastive and coupled learning do.
 
@@ -135,24 +135,38 @@ class System(nn.Module):
         """Open interval of beta in which the nudged energy has a minimum."""
         return -math.inf, math.inf
 
-    def window(self, *, x: Tensor, context: Any, states: States, steps: int, target: Tensor | None,
-               beta: Tensor | None, clamped: Tensor | None) -> States:
-        """``steps`` steps of relaxation: free (``beta`` None), nudged by beta (``[]`` or ``[N]``) towards ``target``, or
-        with outputs held at ``clamped``.
+    def window(
+        self,
+        *,
+        x: Tensor,
+        context: Any,
+        states: States,
+        steps: int,
+        target: Tensor | None,
+        beta: Tensor | None,
+        clamped: Tensor | None,
+    ) -> States:
+        """``steps`` steps of relaxation: free (``beta`` None), nudged by beta (``[]`` or ``[N]``) towards ``target``,
+        or with outputs held at ``clamped``.
         """
         differentiable = torch.is_grad_enabled()
         for _ in range(steps):
             with torch.enable_grad():
-                leaves = {name: s if differentiable and s.requires_grad else s.detach().requires_grad_()
-                          for name, s in states.items()}
+                leaves = {
+                    name: s if differentiable and s.requires_grad else s.detach().requires_grad_()
+                    for name, s in states.items()
+                }
                 total = self.energy(x=x, context=context, states=leaves)
                 if beta is not None:
                     assert target is not None
                     total = total + beta * self.cost(states=leaves, target=target)
-                slopes = torch.autograd.grad(total.sum(), list(leaves.values()), create_graph=differentiable,
-                                             allow_unused=True)
-            states = {name: s if g is None else s - self.rate * g
-                      for (name, s), g in zip(leaves.items(), slopes, strict=True)}
+                slopes = torch.autograd.grad(
+                    total.sum(), list(leaves.values()), create_graph=differentiable, allow_unused=True
+                )
+            states = {
+                name: s if g is None else s - self.rate * g
+                for (name, s), g in zip(leaves.items(), slopes, strict=True)
+            }
             if not differentiable:
                 states = {name: s.detach() for name, s in states.items()}
             if clamped is not None:
@@ -185,7 +199,9 @@ class System(nn.Module):
             if phase.beta is not None:
                 energy = energy + phase.beta * self.cost(states=phase.states, target=target)
             energy = energy.mean()
-            total = total + torch.as_tensor(phase.weight, dtype=energy.dtype, device=energy.device) * energy
+            # Python numbers, not tensors: those would be copied from the host within a captured step.
+            weight = complex(phase.weight)
+            total = total + (energy * weight if energy.is_complex() else energy * weight.real)
         return total.real if total.is_complex() else total  # type: ignore[no-any-return]
 
     # -------------------------------------------------------------- diagnostics
@@ -207,8 +223,10 @@ def check_hooks(system: System) -> None:
         TypeError: Naming the hook, what it takes and what it must take.
     """
     if not isinstance(system, System):
-        raise TypeError(f"FreeNudgedModule: system must be a System, got {type(system).__name__}; see "
-                        "lightning_lrtt.free_nudged.System")
+        raise TypeError(
+            f"FreeNudgedModule: system must be a System, got {type(system).__name__}; see "
+            "lightning_lrtt.free_nudged.System"
+        )
     for name, expected in HOOKS.items():
         parameters = list(inspect.signature(getattr(system, name)).parameters.values())
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -218,6 +236,8 @@ def check_hooks(system: System) -> None:
         optional = all(p.default is not p.empty for p in named if p.name not in expected)
         if not (keyword_only and complete and optional):
             want = f"{name}(self, *, {', '.join(expected)})" if expected else f"{name}(self)"
-            raise TypeError(f"{type(system).__name__}: hook {name} must be {want}, keyword-only, got "
-                            f"{name}{inspect.signature(getattr(system, name))}; optional arguments can shift when they "
-                            "are positional")
+            raise TypeError(
+                f"{type(system).__name__}: hook {name} must be {want}, keyword-only, got "
+                f"{name}{inspect.signature(getattr(system, name))}; optional arguments can shift when they "
+                "are positional"
+            )
