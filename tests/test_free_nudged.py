@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import itertools
 from typing import Any
 
@@ -400,6 +402,15 @@ def test_default_surrogate_of_a_system_by_autograd() -> None:
     found = estimate(TwoPhase(system, estimator("centered", 1e-3), 300, 300), x, y)["w"]
     torch.testing.assert_close(found, x.t() @ (x @ system.w.detach() - y) / 3, rtol=1e-5, atol=1e-8)  # O(beta^2)
     assert error({"w": bptt(system, x, y, 300)["w"]}, {"w": found}) < 1e-5
+
+
+@pytest.mark.parametrize("name", [
+    "snapshot", "callbacks.free_nudged_monitor",
+    *(f"free_nudged.{n}" for n in ("diagnostics", "engine", "estimator", "hopfield", "hopfield_conv", "module", "resistive",
+                                   "stats", "system"))])
+def test_examples_in_docstrings(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(f"lightning_lrtt.{name}"))
+    assert results.attempted > 0 and results.failed == 0
 
 
 # ------------------------------------------------------------------ bad input

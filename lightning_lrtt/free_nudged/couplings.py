@@ -49,8 +49,8 @@ def check_layers(layers: Sequence[nn.Module], kinds: tuple[type[nn.Module], ...]
         if isinstance(layer, TileModule):
             if getattr(layer.config, "io", None) is not None:
                 raise MisconfigurationException(
-                    "free_nudged: config.io of a coupling's tile must be None, got converters; relaxation multiplies by "
-                    "the tile's effective weight and would bypass them"
+                    "free_nudged: config.io of a coupling's tile must be None, got converters; relaxation multiplies "
+                    "by the tile's effective weight and would bypass them"
                 )
         elif type(layer) not in kinds:
             raise MisconfigurationException(

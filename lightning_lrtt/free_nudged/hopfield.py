@@ -73,8 +73,9 @@ class HopfieldMLP(System):
         >>> context = system.prepare(x=x, differentiable=False)
         >>> states = system.start(x=x, context=context)
         >>> with torch.no_grad():
-        ...     states = system.window(x=x, context=context, states=states, steps=20, target=None, beta=None,
-        clamped=None)
+        ...     states = system.window(
+        ...         x=x, context=context, states=states, steps=20, target=None, beta=None, clamped=None
+        ...     )
         >>> system.output(states=states).shape
         torch.Size([5, 2])
     """
@@ -123,9 +124,8 @@ class HopfieldMLP(System):
 
     def split(self, states: States) -> list[Tensor]:
         """Views of layers 1, 2, ... in order."""
-        parts = {
-            name: iter(torch.split(states[name], list(self._widths[name]), 1)) for name in ("odd", "even") if self._widths[name]
-        }
+        widths = {name: list(sizes) for name, sizes in self._widths.items() if sizes}
+        parts = {name: iter(torch.split(states[name], sizes, 1)) for name, sizes in widths.items()}
         return [next(parts["odd" if i % 2 else "even"]) for i in range(1, len(self.sizes))]
 
     def output(self, *, states: States) -> Tensor:

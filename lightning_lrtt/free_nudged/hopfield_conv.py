@@ -54,9 +54,11 @@ class HopfieldConvNet(System):
         ValueError: If an argument is out of range, or pooling leaves no pixel.
 
     Example:
+        >>> import torch
         >>> system = HopfieldConvNet((1, 8, 8), channels=[4, 8], classes=10)
-        >>> [tuple(s.shape) for s in system.start(x=(x := torch.zeros(2, 1, 8, 8)),
-        ...                                       context=system.prepare(x=x, differentiable=False)).values()]
+        >>> x = torch.zeros(2, 1, 8, 8)
+        >>> states = system.start(x=x, context=system.prepare(x=x, differentiable=False))
+        >>> [tuple(s.shape) for s in states.values()]
         [(2, 4, 4, 4), (2, 8, 2, 2), (2, 10)]
     """
 

@@ -32,8 +32,8 @@ class ResistiveLayer(nn.Module):
         >>> import torch
         >>> layer = ResistiveLayer(2, 1)
         >>> _ = layer.conductance.data.fill_(2.0)
-        >>> layer.power(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0]]))  # (2 * 2^2 + 2 * 3^2) / 2
-        tensor([13.])
+        >>> layer.power(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0]])).item()  # (2 * 2^2 + 2 * 3^2) / 2
+        13.0
     """
 
     def __init__(self, inputs: int, outputs: int, scale: float = 1.0) -> None:

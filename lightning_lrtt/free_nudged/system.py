@@ -77,8 +77,12 @@ class System(nn.Module):
         ...     def output(self, *, states):
         ...         return states["s"]
         >>> system, x = Spring(), torch.ones(1, 1)
-        >>> system.window(x=x, context=None, states=system.start(x=x, context=None), steps=60, target=None, beta=None,
-        ...               clamped=None)["s"]
+        >>> states = system.start(x=x, context=None)
+        >>> with torch.no_grad():
+        ...     states = system.window(
+        ...         x=x, context=None, states=states, steps=60, target=None, beta=None, clamped=None
+        ...     )
+        >>> states["s"]
         tensor([[2.]])
     """
 
