@@ -405,9 +405,10 @@ def test_default_surrogate_of_a_system_by_autograd() -> None:
 
 
 @pytest.mark.parametrize("name", [
-    "snapshot", "callbacks.free_nudged_monitor",
-    *(f"free_nudged.{n}" for n in ("diagnostics", "engine", "estimator", "hopfield", "hopfield_conv", "module", "resistive",
-                                   "stats", "system"))])
+    "snapshot", "callbacks.free_nudged_monitor", "free_nudged.diagnostics", "free_nudged.engine", "free_nudged.estimator",
+    "free_nudged.hopfield", "free_nudged.hopfield_conv", "free_nudged.module", "free_nudged.resistive",
+    "free_nudged.stats", "free_nudged.system",
+])
 def test_examples_in_docstrings(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"lightning_lrtt.{name}"))
     assert results.attempted > 0 and results.failed == 0
