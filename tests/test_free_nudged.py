@@ -405,7 +405,8 @@ def test_default_surrogate_of_a_system_by_autograd() -> None:
 
 
 @pytest.mark.parametrize("name", [
-    "snapshot", "callbacks.free_nudged_monitor", "free_nudged.diagnostics", "free_nudged.engine", "free_nudged.estimator",
+    "snapshot", "callbacks.free_nudged_monitor",
+    "free_nudged.diagnostics", "free_nudged.engine", "free_nudged.estimator",
     "free_nudged.hopfield", "free_nudged.hopfield_conv", "free_nudged.module", "free_nudged.resistive",
     "free_nudged.stats", "free_nudged.system",
 ])
