@@ -125,7 +125,14 @@ class FreeNudgedMonitor(Callback):
             logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._undo(pl_module)
+
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._undo(pl_module)
+
+    def _undo(self, pl_module: pl.LightningModule) -> None:
         if self._before is not None and isinstance(pl_module, FreeNudgedModule):
             pl_module.statistics = self._before
         self._before = None
