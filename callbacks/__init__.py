@@ -8,8 +8,11 @@ if __name__ != "lightning_lrtt.callbacks":
 
 from lightning_lrtt.callbacks.cuda_graph import CUDAGraph
 from lightning_lrtt.callbacks.factory import default_callbacks
+from lightning_lrtt.callbacks.free_nudged_monitor import FreeNudgedMonitor
 from lightning_lrtt.callbacks.memory_cleanup import MemoryCleanup
 from lightning_lrtt.callbacks.pretrained_init import PretrainedInit
 from lightning_lrtt.callbacks.tile_monitor import TileMonitor
 
-__all__ = ["CUDAGraph", "MemoryCleanup", "PretrainedInit", "TileMonitor", "default_callbacks"]
+__all__ = [
+    "CUDAGraph", "FreeNudgedMonitor", "MemoryCleanup", "PretrainedInit", "TileMonitor", "default_callbacks",
+]

@@ -362,6 +362,16 @@ class TileModule(nn.Module):
 
     def read(self, x: Tensor) -> Tensor:
         """The layer's output for x, in a way that lets a pulsed tile latch its operands."""
+        y = self.multiply(x)
+        return y if self.bias is None else self.add_bias(y)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """`read` without the bias.
+
+        The seam for rules that choose the operands of an update themselves, such as two-phase learning: backward through
+        ``(d * tile.multiply(x)).sum()`` sends the tile the outer product ``d x^T`` and nothing else, latched on a pulsed
+        tile, as ``p.grad`` of A and B on every tile.
+        """
         learns = torch.is_grad_enabled() and self.A.requires_grad
         if self.config.io is not None:
             y = analog_read(self, x)
@@ -369,9 +379,7 @@ class TileModule(nn.Module):
             y = latched_read(self, x)
         else:
             y = digital_read(self, x)
-        if self.output_scale is not None:
-            y = y * self.output_scale.to(y.dtype)
-        return y if self.bias is None else self.add_bias(y)
+        return y if self.output_scale is None else y * self.output_scale.to(y.dtype)
 
     # -------------------------------------------------------------- links, copies, loading
 

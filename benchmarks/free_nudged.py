@@ -1,0 +1,240 @@
+"""Two-phase training: time of a CPU step, of a captured GPU step, of a geometric window, and accuracy on the digits.
+
+    python benchmarks/free_nudged.py step                  # 784-512-512-10, batch 64, T 20/4, one CPU thread
+    python benchmarks/free_nudged.py digits --seeds 5      # test accuracy of examples/free_nudged_digits
+    python benchmarks/free_nudged.py geometric --seeds 5   # test accuracy of examples/geometric_retrieval
+    python benchmarks/free_nudged.py gpu                   # captured step and captured window, on a CUDA device
+
+``step`` interleaves its rows, so that a busy machine slows them alike; it prints the fastest and the median CPU time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from lightning_lrtt.cli import LRTTCLI
+from lightning_lrtt.free_nudged import Estimator, FreeNudgedModule, HopfieldMLP, System, TwoPhase
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES, BATCH = [784, 512, 512, 10], 64
+Step = Callable[[], None]
+
+
+def two_phase(kind: str, order: str, t1: int, t2: int, device: str = "cpu") -> tuple[FreeNudgedModule, Step]:
+    """Windows, surrogate and its backward; no optimizer."""
+    torch.manual_seed(0)
+    module = FreeNudgedModule(HopfieldMLP(SIZES, order=order), Estimator(kind=kind, beta=0.1), t1, t2).to(device)  # type: ignore[arg-type]
+    x, y = torch.rand(BATCH, SIZES[0], device=device), torch.arange(BATCH, device=device) % 10
+
+    def step() -> None:
+        module.zero_grad(set_to_none=False)
+        module.training_step((x, y)).backward()
+
+    return module, step
+
+
+def by_autograd(kind: str, t1: int, t2: int) -> Step:
+    """The same network relaxed by autograd of Phi, as the public research code does it."""
+
+    class Autograd(HopfieldMLP):
+        def window(
+            self, *, x: Tensor, context: Any, states: Any, steps: int, target: Any, beta: Any, clamped: Any
+        ) -> Any:
+            for _ in range(steps):
+                with torch.enable_grad():
+                    leaves = [s.detach().requires_grad_() for s in self.split(states)]
+                    layers, total = [x, *leaves], torch.zeros((), device=x.device)
+                    for i, layer in enumerate(self.layers):
+                        total = (
+                            total
+                            + (layers[i + 1] * torch.nn.functional.linear(layers[i], layer.weight, layer.bias)).sum()
+                        )
+                    drives = list(torch.autograd.grad(total, leaves))
+                if beta is not None:
+                    drives[-1] = drives[-1] - beta.view(-1, 1) * (leaves[-1].detach() - target)
+                new = [self.hidden.apply(u) for u in drives[:-1]] + [drives[-1]]
+                states = {"odd": torch.cat(new[0::2], 1), "even": torch.cat(new[1::2], 1)}
+            return states
+
+        def contrast(self, **arguments: Any) -> Tensor:
+            return System.contrast(self, **arguments)
+
+    torch.manual_seed(0)
+    engine = TwoPhase(Autograd(SIZES), Estimator(kind=kind, beta=0.1), t1, t2)  # type: ignore[arg-type]
+    x, y = torch.rand(BATCH, SIZES[0]), torch.arange(BATCH) % 10
+
+    def step() -> None:
+        engine.system.zero_grad(set_to_none=False)
+        engine.surrogate(x, engine.run(x, y)).backward()
+
+    return step
+
+
+def backprop() -> Step:
+    """A feed-forward network of the same layers."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Linear(784, 512),
+        torch.nn.Tanh(),
+        torch.nn.Linear(512, 512),
+        torch.nn.Tanh(),
+        torch.nn.Linear(512, 10),
+    )
+    x, y = torch.rand(BATCH, SIZES[0]), torch.arange(BATCH) % 10
+
+    def step() -> None:
+        net.zero_grad(set_to_none=False)
+        torch.nn.functional.cross_entropy(net(x), y).backward()
+
+    return step
+
+
+def cpu_steps(rounds: int) -> None:
+    """Interleaved rounds of all rows."""
+    torch.set_num_threads(1)
+    rows: dict[str, Step] = {"plain backpropagation, same layers": backprop()}
+    for kind in ("positive", "centered"):
+        rows[f"autograd of Phi, synchronous 20/4, {kind}"] = by_autograd(kind, 20, 4)
+        rows[f"closed form, synchronous 20/4, {kind}"] = two_phase(kind, "synchronous", 20, 4)[1]
+        rows[f"closed form, even_odd 20/4, {kind}"] = two_phase(kind, "even_odd", 20, 4)[1]
+        rows[f"closed form, even_odd 10/2, {kind}"] = two_phase(kind, "even_odd", 10, 2)[1]
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    for index in range(rounds + 2):
+        for name, step in rows.items():
+            start = time.process_time()
+            step()
+            if index >= 2:
+                times[name].append(1e3 * (time.process_time() - start))
+    print("| step | fastest ms | median ms |\n|---|---|---|")
+    for name, values in times.items():
+        print(f"| {name} | {min(values):.1f} | {statistics.median(values):.1f} |")
+
+
+def train(file: str, seed: int, **changes: Any) -> float:
+    """Test accuracy of a configuration with another seed."""
+    config = yaml.safe_load((ROOT / "examples" / file).read_text())
+    trainer = config["trainer"]
+    trainer["callbacks"] = [c for c in trainer["callbacks"] if c["class_path"].endswith("ModelCheckpoint")]
+    config |= {"seed_everything": seed}
+    if "strategy" in trainer:
+        trainer["strategy"]["init_args"]["config"]["seed"] = seed
+    with tempfile.TemporaryDirectory() as folder:
+        trainer |= {
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "accelerator": "cpu",
+            "default_root_dir": folder,
+        } | changes
+        cli = LRTTCLI(args={"subcommand": "fit", "fit": config}, save_config_callback=None)
+        return float(cli.trainer.callback_metrics["test/acc"])
+
+
+def accuracy(files: list[str], seeds: int) -> None:
+    """One row a configuration."""
+    sys.path.append(str(ROOT))
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    print("| configuration | median | min | max | seconds a run |\n|---|---|---|---|---|")
+    for file in files:
+        start = time.perf_counter()
+        scores = [train(file, seed) for seed in range(seeds)]
+        seconds = (time.perf_counter() - start) / seeds
+        print(
+            f"| {file} | {statistics.median(scores):.4f} | {min(scores):.4f} | {max(scores):.4f} | {seconds:.0f} |",
+            flush=True,
+        )
+
+
+def capture(step: Step) -> Step:
+    """The step as one CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def milliseconds(step: Step, rounds: int = 50) -> float:
+    """Median over 7 windows."""
+    times = []
+    for _ in range(8):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(rounds):
+            step()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / rounds)
+    return statistics.median(times[1:])
+
+
+def gpu() -> None:
+    """Eager and captured, with TF32 products as Lightning's ``medium`` and ``high`` use and without."""
+    sys.path.append(str(ROOT))
+    from examples.geometric_retrieval.model import GeometricModule
+    from examples.geometric_retrieval.system import GeometricRetrieval
+
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    print("| step | eager ms | captured ms |\n|---|---|---|")
+    for precision in ("highest", "high"):
+        torch.set_float32_matmul_precision(precision)
+        for kind in ("positive", "centered"):
+            for order, t1, t2 in (("synchronous", 20, 4), ("even_odd", 20, 4), ("even_odd", 10, 2)):
+                _, step = two_phase(kind, order, t1, t2, "cuda")
+                eager = milliseconds(step)
+                captured = milliseconds(capture(step))
+                print(
+                    f"| {kind}, {order} {t1}/{t2}, matmul {precision} | {eager:.3f} | {captured:.3f} |"
+                )
+    module = GeometricModule(system=GeometricRetrieval(), estimator=Estimator(kind="positive", beta=0.1)).cuda()
+    x, y = torch.randn(8, 8, device="cuda"), torch.arange(8, device="cuda")
+
+    def window() -> None:
+        module.zero_grad(set_to_none=False)
+        module.training_step((x, y)).backward()
+
+    eager = milliseconds(window, 10)
+    captured = milliseconds(capture(window))
+    print(
+        f"| geometric, two windows of 64 steps, B = 8, n = 8, memory 2048 | {eager:.2f} | {captured:.3f} |"
+    )
+
+
+def main() -> None:
+    """Run one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["step", "digits", "geometric", "gpu"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+    if args.part == "step":
+        cpu_steps(args.rounds)
+    elif args.part == "digits":
+        accuracy([f"free_nudged_digits/{name}.yaml" for name in ("dense", "config", "pulsed")], args.seeds)
+    elif args.part == "geometric":
+        accuracy([f"geometric_retrieval/{name}.yaml" for name in ("config", "fixed")], args.seeds)
+    else:
+        gpu()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The LightningModule that trains a system by two phases under automatic optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from lightning_lrtt import _check
+from lightning_lrtt.free_nudged.engine import Outcome, TwoPhase, distance
+from lightning_lrtt.free_nudged.estimator import Estimator
+from lightning_lrtt.free_nudged.stats import PhaseStats
+from lightning_lrtt.free_nudged.system import System
+
+OBSERVABLES = ("cost_free", "cost_nudged", "residual_free", "residual_nudged", "phase_distance", "saturation", "beta")
+
+
+class FreeNudgedModule(pl.LightningModule):
+    """``training_step`` relaxes twice and returns a surrogate whose gradient is the estimator's; the rest is Lightning.
+
+    Automatic optimisation, so clipping, accumulation, precision plugins, DDP and averaging work. Relaxation never calls
+    ``backward`` and runs in the parameters' precision, also under mixed precision, where only the products of the
+    surrogate are rounded. ``train/loss`` is the cost of the free states. Subclasses add metrics and
+    ``configure_optimizers``; those that override ``setup``, ``on_train_batch_start`` or
+    ``on_train_batch_end`` call ``super()``.
+
+    Args:
+        system: What relaxes, e.g. `HopfieldMLP`. Its layers may become tiles (``strategy="lrtt"``).
+        estimator: How it is nudged; None: centered, beta 0.1.
+        free_steps: T1.
+        nudged_steps: T2.
+        form: See `TwoPhase`.
+        init: See `TwoPhase`. ``previous`` states are saved in checkpoints.
+        nudge_from: See `TwoPhase`.
+        tolerance: See `TwoPhase`.
+        check_every: See `TwoPhase`.
+        schedule: Beta as a function of the optimizer step, e.g. `DecayingBeta`; None: the estimator's beta.
+        statistics: Record `OBSERVABLES` at every step, on the device; `FreeNudgedMonitor` switches it on.
+
+    Raises:
+        ValueError: As `TwoPhase`, at construction; also when a schedule leaves the stable range.
+        TypeError: If a hook of the system has the wrong signature.
+        MisconfigurationException: At setup, for ``form="direct"`` under mixed precision.
+
+    Example:
+        >>> from lightning_lrtt.free_nudged import HopfieldMLP
+        >>> module = FreeNudgedModule(HopfieldMLP([4, 8, 3]), free_steps=10)
+        >>> module(torch.zeros(2, 4)).shape
+        torch.Size([2, 3])
+    """
+
+    beta: Tensor
+
+    def __init__(
+        self,
+        system: System,
+        estimator: Estimator | None = None,
+        free_steps: int = 20,
+        nudged_steps: int = 4,
+        form: Literal["difference", "direct"] = "difference",
+        init: Literal["zeros", "previous"] = "zeros",
+        nudge_from: Literal["free", "start"] = "free",
+        tolerance: float | None = None,
+        check_every: int = 5,
+        schedule: Callable[[int], float] | None = None,
+        statistics: bool = False,
+    ) -> None:
+        super().__init__()
+        self.system = system
+        self.engine = TwoPhase(
+            system,
+            estimator or Estimator(),
+            free_steps,
+            nudged_steps,
+            form=form,
+            init=init,
+            nudge_from=nudge_from,
+            tolerance=tolerance,
+            check_every=check_every,
+        )
+        if schedule is not None and not self.estimator.divides:
+            raise _check.fail(
+                "FreeNudgedModule", "schedule", "None for kind 'contrastive'", schedule, "it has no beta"
+            )
+        self.schedule, self.statistics = schedule, statistics
+        self.stats = PhaseStats(OBSERVABLES)
+        first = next(iter(system.parameters()))
+        self.register_buffer("beta", torch.zeros((), dtype=first.dtype), persistent=False)
+        self.set_step(0)
+
+    @property
+    def estimator(self) -> Estimator:
+        """As given."""
+        return self.engine.estimator
+
+    # -------------------------------------------------------------- what a subclass may say
+
+    def unpack(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a batch."""
+        x, target = batch
+        return x, target
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs after a free window."""
+        return self.system.output(states=self.engine.free(x))
+
+    # -------------------------------------------------------------- Lightning
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot work before anything runs."""
+        self.system.check()
+        mixed = "mixed" in str(self.trainer.precision)
+        if mixed and self.engine.form == "direct":
+            raise MisconfigurationException(
+                f"FreeNudgedModule: form must be 'difference' under precision {self.trainer.precision!r}, got "
+                "'direct'; "
+                "products of whole states, rounded to 8 bits, would bury the difference of the phases"
+            )
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Outside of what a CUDA graph replays: beta is a tensor that the windows read."""
+        self.set_step(self.trainer.global_step)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Parameters back to what is physical (`System.project`)."""
+        self.system.project()
+
+    def set_step(self, step: int) -> None:
+        """Set beta for an optimizer step: the schedule's value, with a drawn sign for ``random_sign``.
+
+        Lightning calls it through ``on_train_batch_start``; loops of your own call it themselves.
+
+        Raises:
+            ValueError: If the schedule leaves the range in which the nudged energy has a minimum.
+        """
+        beta = self.estimator.beta
+        if self.schedule is not None:
+            beta = float(self.schedule(step))
+            _check.number("FreeNudgedModule", f"schedule({step})", beta, above=0.0)
+        self.estimator.check_range(*self.system.beta_range(), beta)
+        if self.estimator.kind == "random_sign":  # the same in every process and after a resume
+            beta *= 1 if np.random.SeedSequence([self.estimator.seed, step]).generate_state(1)[0] & 1 else -1
+        self.beta.fill_(beta)
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        """Free window, nudged windows, surrogate."""
+        x, target = self.unpack(batch)
+        outcome = self.engine.run(x, target, self.beta, self.statistics)
+        if self.statistics:
+            self._record(outcome)
+        if self._trainer is not None:
+            self.log("train/loss", outcome.cost, batch_size=len(x))
+        return self.engine.surrogate(x, outcome, self.beta)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the cost of the free states."""
+        x, target = self.unpack(batch)
+        states = self.engine.free(x)
+        cost = self.system.cost(states=states, target=self.system.encode(target=target)).mean()
+        self.log("val/loss", cost, batch_size=len(x))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the states that the next batch starts from."""
+        if self.engine.previous is not None:
+            checkpoint["free_nudged_states"] = dict(self.engine.previous)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Start from them."""
+        states = checkpoint.get("free_nudged_states")
+        if states is not None and self.engine.init == "previous":
+            self.engine.previous = {name: s.to(self.device) for name, s in states.items()}
+
+    @torch.no_grad()
+    def _record(self, outcome: Outcome) -> None:
+        nudged = next(p for p in outcome.phases if p.states is not outcome.free)
+        states = {name: s.real if s.is_complex() else s for name, s in nudged.states.items()}
+        assert outcome.residuals is not None
+        self.stats.record(
+            [
+                outcome.cost,
+                self.system.cost(states=states, target=outcome.target).mean(),
+                *outcome.residuals.unbind(),
+                distance(states, outcome.free),
+                self.system.saturation(outcome.free),
+                self.beta,
+            ]
+        )
