@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../jobs.h"
+#include "../segments.h"
 
 namespace lrtt::cpu {
 
@@ -55,6 +56,9 @@ struct RelaxJob {
   float* w;
 };
 void relax(const std::vector<RelaxJob>& jobs, int threads);
+
+size_t workspace_bytes(const SegmentCall& call);
+void segment_sum(const SegmentCall& call, void* workspace, int threads);
 
 const char* instruction_set();
 

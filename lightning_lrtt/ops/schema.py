@@ -29,6 +29,7 @@ BLOCK_SAMPLES: int = LAYOUT["block_samples"]  # `first_sample` must be a multipl
 CELL_NUMBERS: int = LAYOUT["cell_numbers"]  # what `draw_cells` gives of a cell
 SEGMENT_WORDS: int = LAYOUT["segment_words"]  # see csrc/jobs.h
 BLOCK_SEGMENTS: int = LAYOUT["block_segments"]
+SEGMENT_DEPTH: int = LAYOUT["segment_depth"]  # of the stack on which segments are added (csrc/segments.h)
 
 library = torch.library.Library("lrtt", "DEF")
 
@@ -56,6 +57,15 @@ library.define("relax_(Tensor(a!)[] w, Tensor[] state, Tensor[] hyper, int[] arr
 library.define("draw_cells(Tensor state, Tensor hyper, int array, int rows, int columns) -> Tensor")
 # Clips w to its cells' bounds (if write); returns how many cells stood at or beyond a bound, int64 [].
 library.define("clip_(Tensor(a!) w, Tensor state, Tensor hyper, int array, bool write) -> Tensor")
+# Slots of P parameters in S segments are added along a tree: out[p M + m] = scale * node m of slots[p S ... p S + S - 1].
+# `program` has one number a segment: 2 * additions after pushing it, + 1 if that completes a node (csrc/segments.h). A slot
+# without elements stands for zeros; weights float64 [S] (0 leaves out even NaN); scale float64 [1]; stats float64 [S, 2]
+# takes each segment's sum of squares and whether anything in it is not finite (or [0]: not wanted); redo: nothing happens
+# if all weights are 1.
+library.define(
+    "segment_sum_(Tensor(a!)[] out, Tensor[] slots, Tensor weights, Tensor scale, Tensor(b!) stats, int[] program, bool redo) "
+    "-> ()"
+)
 
 
 @torch.library.register_fake("lrtt::pulsed_update_", lib=library)
@@ -110,6 +120,16 @@ def _(state, hyper, array, rows, columns):  # type: ignore[no-untyped-def]
 @torch.library.register_fake("lrtt::clip_", lib=library)
 def _(w, state, hyper, array, write):  # type: ignore[no-untyped-def]
     return state.new_empty((), dtype=torch.int64)
+
+
+@torch.library.register_fake("lrtt::segment_sum_", lib=library)
+def _(out, slots, weights, scale, stats, program, redo):  # type: ignore[no-untyped-def]
+    nodes = sum(step & 1 for step in program)
+    torch._check(
+        nodes > 0 and len(out) % nodes == 0 and len(slots) * nodes == len(out) * len(program),
+        lambda: f"segment_sum_: out must hold {nodes} nodes and slots {len(program)} segments of each parameter, got "
+        f"{len(out)} and {len(slots)}",
+    )
 
 
 def _check_tiles(op: str, a_list: list[Tensor], b_list: list[Tensor], c_list: list[Tensor]) -> None:
