@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from lightning_lrtt import _check
 
@@ -42,7 +42,7 @@ def depth_of(segments: int) -> int:
                       "the tree adds pairs, quads and thirds of 12, level by level")
 
 
-@lru_cache(maxsize=None)
+@cache
 def tree(segments: int) -> Node:
     """The tree of all segments: pairs, quads, ``(q0 + q1) + q2``; 12 such trees make the next level, the same way."""
     nodes = [Node(i, i + 1) for i in range(segments)]
@@ -61,7 +61,7 @@ def _join(left: Node, right: Node) -> Node:
     return Node(left.first, right.last, left, right)
 
 
-@lru_cache(maxsize=None)
+@cache
 def owners(segments: int, workers: int) -> tuple[range, ...]:
     """The consecutive segments of each worker; sizes differ by one at most.
 
@@ -84,7 +84,7 @@ def owners(segments: int, workers: int) -> tuple[range, ...]:
     return tuple(range(first, last) for first, last in zip(ends, ends[1:], strict=False))
 
 
-@lru_cache(maxsize=None)
+@cache
 def maximal_nodes(segments: int, own: range) -> tuple[Node, ...]:
     """The largest nodes whose segments all belong to ``own``, in order: what a worker ships.
 
@@ -114,7 +114,7 @@ def sum_program(nodes: tuple[Node, ...]) -> list[int]:
     return program
 
 
-@lru_cache(maxsize=None)
+@cache
 def root_program(segments: int, workers: int) -> tuple[int, ...]:
     """The program that makes the total of the nodes of all workers, pushed worker by worker."""
     shipped = {(n.first, n.last) for own in owners(segments, workers) for n in maximal_nodes(segments, own)}
