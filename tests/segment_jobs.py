@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import multiprocessing as mp
 import os
+import signal
 import socket
 import time
 import traceback
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_lrtt import LRTTConfig, LRTTDDPStrategy, devices
+from lightning_lrtt.strategies import segment_fit
 
 BATCH, ROWS = 24, 96
 SOFT = devices.SoftBounds(dw_min=0.002, w_max=1.0, w_min=-1.0)
@@ -121,8 +123,8 @@ def fit(workers: int, kind: str = "mlp", config: LRTTConfig | None = None, *, ep
     run.fit(model, loader, DataLoader(Rows(model.shape, 30), batch_size=8), ckpt_path=resume)
     if save is not None:
         run.save_checkpoint(save)
-    return {"digest": digest(model), "calls": model.calls, "loss": float(run.callback_metrics.get("train/loss", 0.0)),
-            "val": float(run.callback_metrics["val/loss"]), "lr": run.optimizers[0].param_groups[0]["lr"],
+    return {"digest": digest(model), "step": run.global_step, "calls": model.calls, "loss": float(run.callback_metrics.get("train/loss", 0.0)),
+            "lr": run.optimizers[0].param_groups[0]["lr"],
             "metrics": {k: float(v) for k, v in run.callback_metrics.items()}}
 
 
@@ -144,7 +146,10 @@ def run(workers: int, job: Callable[..., Any], *args: Any, limit: float = 60.0, 
         Failed: If a worker raised or ended without a result, or time was up (every worker that is left is ended).
     """
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["segment_jobs", "tensorboard", "torch._dynamo"])
+    # The server finds this module by PYTHONPATH only; otherwise every worker would import everything again.
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(os.pathsep.join(paths).split(os.pathsep)))
+    context.set_forkserver_preload(["segment_jobs", "torch._dynamo"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -197,6 +202,92 @@ def several(workers: int, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [fit(workers, **job) for job in jobs]
 
 
-def checkpoint(folder: Path, name: str) -> str:
-    """A path as text."""
-    return str(folder / f"{name}.ckpt")
+# -------------------------------------------------------------- trouble, on worker 1 at the third step
+
+
+def _now(model: pl.LightningModule, step: int = 2) -> bool:
+    return model.trainer.global_rank == 1 and model.trainer.global_step == step
+
+
+def raises(model: pl.LightningModule) -> None:
+    """An error in the user's code; the message ends with the time."""
+    if _now(model):
+        raise ValueError(f"on purpose at {time.monotonic()}")
+
+
+def dies(model: pl.LightningModule) -> None:
+    """kill -9."""
+    if _now(model, 3):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleeps(model: pl.LightningModule) -> None:
+    """Never comes back."""
+    if _now(model):
+        time.sleep(1000)
+
+
+def computes_differently(model: pl.LightningModule) -> None:
+    """As another machine might: one parameter's bits differ, in the self-test's segment."""
+    if _now(model, 0) and model.calls == 1:
+        with torch.no_grad():
+            next(model.parameters()).view(-1)[0].mul_(1.001)
+
+
+def drifts(model: pl.LightningModule) -> None:
+    """A replica is changed on one worker."""
+    if _now(model, 1):
+        with torch.no_grad():
+            next(model.parameters()).view(-1)[0].add_(1e-3)
+
+
+def remembers(model: pl.LightningModule) -> None:
+    """A result that depends on the calls before."""
+    model.net[1].scale = getattr(model.net[1], "scale", 0) + 1
+    with torch.no_grad():
+        torch.rand(model.calls)  # moves the generator that dropout draws from
+
+
+def keep_all(folder: Path) -> dict[str, Any]:
+    """Trainer options: a checkpoint at every step."""
+    callback = pl.callbacks.ModelCheckpoint(str(folder), every_n_train_steps=1, save_last=True)
+    return {"enable_checkpointing": True, "callbacks": [callback]}
+
+
+class OtherNet(Net):
+    """The same network from other source code."""
+
+
+def fit_differently(workers: int, what: str) -> None:
+    """A fit in which worker 1 differs."""
+    other = int(os.environ["LOCAL_RANK"]) == 1
+    if what == "settings":
+        fit(workers, segment_clip=1.0 if other else None)
+    elif what == "code":
+        globals()["Net"] = OtherNet if other else Net
+        fit(workers)
+    else:
+        original = segment_fit.pin
+
+        def pin(threads: int) -> Any:
+            return original(threads + other)
+
+        segment_fit.pin = pin
+        fit(workers)
+
+
+def fit_and_look(workers: int) -> dict[str, Any]:
+    """A fit, and what it left behind."""
+    torch.set_num_threads(2)
+    before, original = torch.get_num_threads(), LRTTDDPStrategy.teardown
+    seconds = []
+
+    def teardown(self: Any) -> None:
+        start = time.monotonic()
+        original(self)
+        seconds.append(time.monotonic() - start)
+
+    LRTTDDPStrategy.teardown = teardown  # type: ignore[method-assign]
+    fit(workers, epochs=1)
+    files = [path.name for path in Path("/dev/shm").glob(f"lrtt-{os.getpid()}-*")]
+    return {"teardown": sum(seconds), "threads": torch.get_num_threads(), "threads_before": before, "files": files}

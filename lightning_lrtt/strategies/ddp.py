@@ -119,7 +119,7 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
         self.self_test, self.timeout = self_test, timeout
         self.seed = 0
         self.fit: SegmentFit | None = None
-        self._loaders: list[SegmentLoader] = []
+        self._batch_sizes: list[int] = []  # of the training loaders; kept for checkpoints after the fit
         self._saved: dict[str, Any] = {}  # of the checkpoint that the fit goes on from
         self._undo: list[Callable[[], None]] = []
 
@@ -171,7 +171,7 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
         if self.fit is not None:
             self.fit.close()
             self.fit = None
-        self._loaders, self._saved = [], {}
+        self._saved = {}
         while self._undo:
             self._undo.pop()()
         super().teardown()
@@ -185,20 +185,25 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
 
     loads_training_data = False  # while Lightning prepares the training loaders, not those of validation
 
+    def start_loading(self) -> None:
+        """Called before Lightning prepares the training loaders (again)."""
+        loop = self.lightning_module.trainer.fit_loop
+        if loop._combined_loader is None or loop._should_reload_train_dl:
+            self._batch_sizes = []
+        self.loads_training_data = True
+
     @override
     def process_dataloader(self, dataloader: object) -> object:
         if not self.loads_training_data:
             return dataloader
-        if "batch_sizes" in self._saved and len(self._loaders) >= len(self._saved["batch_sizes"]):
-            self._loaders = []  # loaders are made anew
         loader = SegmentLoader(dataloader, self.segments, owners(self.segments, self.world_size)[self.global_rank], self.seed)
-        saved = self._saved.get("batch_sizes", [])[len(self._loaders) : len(self._loaders) + 1]
+        saved = self._saved.get("batch_sizes", [])[len(self._batch_sizes) : len(self._batch_sizes) + 1]
         if saved and saved[0] != loader.batch_size:
             raise MisconfigurationException(
                 f"LRTTDDPStrategy: batch_size must be the checkpoint's, {saved[0]}, got {loader.batch_size}; it is the global "
                 "batch, which does not change with the number of workers"
             )
-        self._loaders.append(loader)
+        self._batch_sizes.append(loader.batch_size)
         return loader
 
     @override
@@ -257,7 +262,7 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
         if "optimizer_states" in checkpoint:
             checkpoint["lrtt_segments"] = {
                 "segments": self.segments, "threads": self.threads, "seed": self.seed, "workers": self.world_size,
-                "batch_sizes": [loader.batch_size for loader in self._loaders],
+                "batch_sizes": list(self._batch_sizes),
                 "self_test": self.fit.test_hash if self.fit is not None else None,
             }
         super().save_checkpoint(checkpoint, filepath, storage_options)

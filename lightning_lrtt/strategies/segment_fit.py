@@ -258,7 +258,7 @@ def mark_training_loaders(trainer: pl.Trainer, strategy: LRTTDDPStrategy) -> Cal
     original = loop.setup_data
 
     def setup_data() -> None:
-        strategy.loads_training_data = True
+        strategy.start_loading()
         try:
             original()
         finally:
