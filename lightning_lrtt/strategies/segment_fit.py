@@ -109,7 +109,8 @@ class SegmentFit:
             if tile.config.is_pulsed and tile.A.grad is not None and tile.B.grad is not None:
                 tile.latch.calls = calls
                 # g0 is the gradient before it was divided: so the pulses' lr follows the division like any other scaling.
-                tile.latch.grad_a, tile.latch.grad_b = (p.grad * reduced.good.to(p.dtype) for p in (tile.A, tile.B))
+                good = reduced.good.to(tile.A.dtype)
+                tile.latch.grad_a, tile.latch.grad_b = tile.A.grad * good, tile.B.grad * good
         self._reduced = None
 
     def verify(self) -> None:
@@ -173,7 +174,7 @@ class SegmentFit:
                   "nonfinite": reduced.rows[:, BAD].sum(), "bytes_sent": float(self.exchange.bytes_sent),
                   "gradient_bytes": float(self.reducer.gradient_bytes), "operand_bytes": float(self.reducer.operand_bytes)}
         for name, value in values.items():
-            number = value.float() if isinstance(value, Tensor) else value
+            number: Any = value.float() if isinstance(value, Tensor) else value
             self.module.log(f"segment/{name}", number, on_step=True, on_epoch=False, batch_size=1)
         self.exchange.bytes_sent = 0
 

@@ -24,7 +24,7 @@ def one_host() -> bool:
     """Whether all workers can share memory and see each other's processes. Collective."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        where = (socket.gethostname(), boot, os.readlink("/proc/self/ns/pid"), _FOLDER.stat().st_dev)
+        where: tuple[object, ...] = (socket.gethostname(), boot, os.readlink("/proc/self/ns/pid"), _FOLDER.stat().st_dev)
     except OSError:  # not Linux, or no /dev/shm
         where = (socket.gethostname(), os.getpid())  # like nobody else
     hosts: list[object] = [None] * distributed.get_world_size()
