@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "bindings_weights.h"
+#include "cpu/barrier.h"
 #include "cpu/kernels.h"
 #ifdef LRTT_WITH_CUDA
 #include "cuda/kernels.h"
@@ -98,6 +99,36 @@ cpu::ResetRange reset_range(const py::tuple& t) {
   return {t[0].cast<int>(), t[1].cast<int>(), t[2].cast<float>(), t[3].cast<uint32_t>()};
 }
 
+// The pointers of a SegmentCall live as long as this.
+struct Segments {
+  SegmentCall call;
+  std::vector<std::vector<const void*>> slots;
+  std::vector<std::vector<void*>> out;
+};
+
+// (jobs: [(slots, out, size, is_double)], program: [(adds, emit)], weights, scale, stats, redo)
+Segments segments(const py::list& jobs, const py::list& program, uintptr_t weights, uintptr_t scale, uintptr_t stats, bool redo) {
+  Segments s{};
+  s.call.weights = reinterpret_cast<const double*>(weights);
+  s.call.scale = reinterpret_cast<const double*>(scale);
+  s.call.stats = reinterpret_cast<double*>(stats);
+  s.call.redo = redo;
+  for (const py::handle& item : program) {
+    const py::tuple step = item.cast<py::tuple>();
+    s.call.program.push_back({step[0].cast<int>(), step[1].cast<int>()});
+  }
+  for (const py::handle& item : jobs) {
+    const py::tuple t = item.cast<py::tuple>();
+    s.slots.emplace_back();
+    s.out.emplace_back();
+    for (const py::handle& h : t[0]) s.slots.back().push_back(pointer<const void>(h));
+    for (const py::handle& h : t[1]) s.out.back().push_back(pointer<void>(h));
+    // Inner vectors keep their memory when the outer ones grow.
+    s.call.jobs.push_back({s.slots.back().data(), s.out.back().data(), t[2].cast<int64_t>(), t[3].cast<bool>(), 0});
+  }
+  return s;
+}
+
 template <class Job>
 std::vector<Job> all(const py::list& list, Job (*parse)(const py::tuple&)) {
   std::vector<Job> jobs;
@@ -142,6 +173,9 @@ py::dict layout() {
   out["block_samples"] = kBlockSamples;
   out["segment_words"] = kSegmentWords;
   out["block_segments"] = kBlockSegments;
+  out["segment_depth"] = kSegmentDepth;
+  out["segment_block"] = kSegmentBlock;
+  out["segment_lanes"] = py::make_tuple(kSegmentLanes, kSegmentFinalLanes);
   return out;
 }
 
@@ -209,6 +243,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("relax_cpu", [](const py::list& jobs, uintptr_t, int threads) {
     launch(jobs, cells_job, [&](auto& j) { cpu::relax(j, threads); });
   });
+  m.def("segment_sum_cpu_bytes", [](const py::list& jobs, const py::list& program, uintptr_t w, uintptr_t scale, uintptr_t stats,
+                                    bool redo) { return cpu::workspace_bytes(segments(jobs, program, w, scale, stats, redo).call); });
+  m.def("segment_sum_cpu", [=](const py::list& jobs, const py::list& program, uintptr_t w, uintptr_t scale, uintptr_t stats,
+                               bool redo, uintptr_t workspace, int threads) {
+    const Segments s = segments(jobs, program, w, scale, stats, redo);
+    py::gil_scoped_release unlocked;
+    cpu::segment_sum(s.call, scratch(workspace), threads);
+  });
   m.def("draw_cells_cpu", [](const py::tuple& job, uintptr_t out, int threads) {
     cpu::draw_cells(cells_job(job), reinterpret_cast<float*>(out), threads);
   });
@@ -244,6 +286,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("relax_cuda", [=](const py::list& jobs, uintptr_t workspace, uintptr_t stream) {
     launch(jobs, cells_job, [&](auto& j) { cuda::relax(j, scratch(workspace), scratch(stream)); });
   });
+  m.def("segment_sum_cuda_bytes", [](const py::list& jobs, const py::list& program, uintptr_t w, uintptr_t scale, uintptr_t stats,
+                                     bool redo) { return cuda::workspace_bytes(segments(jobs, program, w, scale, stats, redo).call); });
+  m.def("segment_sum_cuda", [=](const py::list& jobs, const py::list& program, uintptr_t w, uintptr_t scale, uintptr_t stats,
+                                bool redo, uintptr_t workspace, uintptr_t stream) {
+    const Segments s = segments(jobs, program, w, scale, stats, redo);
+    py::gil_scoped_release unlocked;
+    cuda::segment_sum(s.call, scratch(workspace), scratch(stream));
+  });
   m.def("draw_cells_cuda", [=](const py::tuple& job, uintptr_t out, uintptr_t stream) {
     cuda::draw_cells(cells_job(job), reinterpret_cast<float*>(out), scratch(stream));
   });
@@ -257,6 +307,21 @@ PYBIND11_MODULE(_C, m) {
 
   bind_io(m);
   bind_weights(m);
+  // A barrier in memory that processes share; the caller maps `barrier_bytes` of it.
+  const auto barrier = [](uintptr_t p) { return reinterpret_cast<cpu::Barrier*>(p); };
+  m.attr("barrier_bytes") = sizeof(cpu::Barrier);
+  m.attr("barrier_workers") = cpu::kBarrierWorkers;
+  m.def("barrier_init", [=](uintptr_t p, int workers) { cpu::barrier_init(barrier(p), workers); });
+  m.def("barrier_arrive", [=](uintptr_t p, int rank) { return cpu::barrier_arrive(barrier(p), rank); });
+  m.def("barrier_wait", [=](uintptr_t p, uint32_t meeting, int ms) { return cpu::barrier_wait(barrier(p), meeting, ms); }, release());
+  m.def("barrier_fail", [=](uintptr_t p, int rank) { cpu::barrier_fail(barrier(p), rank); });
+  m.def("barrier_failed", [=](uintptr_t p) { return int(barrier(p)->failed.load()) - 1; });
+  m.def("barrier_missing", [=](uintptr_t p, uint32_t meeting) {
+    py::list missing;
+    for (uint32_t r = 0; r < barrier(p)->size.load(); ++r)
+      if (int32_t(barrier(p)->stamp[r].load() - meeting) < 0) missing.append(r);
+    return missing;
+  });
 
   // Single numbers of the shared header, for tests and plots.
   m.def("philox", [](uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {

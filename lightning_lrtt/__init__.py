@@ -6,12 +6,13 @@ from lightning_lrtt.config import IOConfig, LRTTConfig, PulseConfig
 from lightning_lrtt.data import ResumableLoader
 from lightning_lrtt.nn import convert_to_digital, convert_to_lrtt
 from lightning_lrtt.optim import LRTT, NonFiniteError
-from lightning_lrtt.strategies import LRTTStrategy
+from lightning_lrtt.strategies import LRTTDDPStrategy, LRTTStrategy
 
 __all__ = [
     "LRTT",
     "IOConfig",
     "LRTTConfig",
+    "LRTTDDPStrategy",
     "LRTTStrategy",
     "NonFiniteError",
     "PulseConfig",

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 import lightning_lrtt.callbacks
 import lightning_lrtt.devices  # noqa: F401  short names in YAML: SoftBounds
-from lightning_lrtt import LRTT, LRTTStrategy, device_command, export  # noqa: F401  short names in YAML
+from lightning_lrtt import LRTT, LRTTDDPStrategy, LRTTStrategy, device_command, export  # noqa: F401  short names in YAML
 from lightning_lrtt.weights import inspect
 
 _EPILOG = ("Besides: `lrtt export CHECKPOINT --to FILE` makes a digital checkpoint of one with tiles, "

@@ -206,7 +206,7 @@ class LRTTConfig:
         return torch.tensor(values, dtype=torch.float64, device="cpu")  # whatever the default device is
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _std_within_bounds(device: Device, power: float, rank: int) -> float:
     """The std whose clipped second moment is ``power``, by bisection (the moment grows with the std)."""
     most = device.clipped_power(1e6)

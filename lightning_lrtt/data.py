@@ -105,12 +105,22 @@ class ResumableLoader:
         return {"seed": self.seed, "batch_size": self.batch_size, "shuffle": self.shuffle, "drop_last": self.drop_last,
                 "samples": len(self.dataset), "processes": _process()[1]}
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is handed to the DataLoader besides dataset, order and batch size."""
+        return dict(self._rest)
+
+    def global_order(self, epoch: int) -> list[int]:
+        """The samples of all processes in the order of that epoch."""
+        size = len(self.dataset)
+        if self.shuffle:
+            return torch.randperm(size, generator=torch.Generator().manual_seed(_mix(self.seed, epoch))).tolist()
+        return list(range(size))
+
     def _order(self, epoch: int) -> list[int]:
         """The samples of this process; all get equally many, by repeating (or dropping) some at the end."""
         size, (rank, processes) = len(self.dataset), _process()
-        order = list(range(size))
-        if self.shuffle:
-            order = torch.randperm(size, generator=torch.Generator().manual_seed(_mix(self.seed, epoch))).tolist()
+        order = self.global_order(epoch)
         if processes > 1 and size:
             share = size // processes if self.drop_last else -(-size // processes)
             order = (order * (share * processes // size + 1))[: share * processes]

@@ -6,6 +6,7 @@
 
 #include "../io.h"
 #include "../jobs.h"
+#include "../segments.h"
 
 namespace lrtt::cpu {
 
@@ -67,6 +68,9 @@ void relax(const std::vector<CellsJob>& jobs, int threads);
 void take_ticket(int64_t* reads, int mode, int64_t* ticket);
 void read_input(const InputJob& job, int threads);
 void read_output(const OutputJob& job, int threads);
+
+size_t workspace_bytes(const SegmentCall& call);
+void segment_sum(const SegmentCall& call, void* workspace, int threads);
 
 const char* instruction_set();
 

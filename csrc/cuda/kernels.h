@@ -15,6 +15,7 @@ size_t workspace_bytes(const std::vector<TransferJob>& jobs);
 size_t workspace_bytes(const std::vector<cpu::DigitalJob>& jobs);
 size_t workspace_bytes(const std::vector<cpu::ScaleJob>& jobs);
 size_t workspace_bytes(const std::vector<cpu::CellsJob>& jobs);  // of relax
+size_t workspace_bytes(const SegmentCall& call);
 
 void pulsed_update(const std::vector<PulseJob>& jobs, void* workspace, Stream stream);
 void transfer(const std::vector<TransferJob>& jobs, bool force, void* workspace, Stream stream);
@@ -22,6 +23,7 @@ void reinit(const std::vector<TransferJob>& jobs, void* workspace, Stream stream
 void digital_update(const std::vector<cpu::DigitalJob>& jobs, void* workspace, Stream stream);
 void pulse_scale(const std::vector<cpu::ScaleJob>& jobs, void* workspace, Stream stream);
 void relax(const std::vector<cpu::CellsJob>& jobs, void* workspace, Stream stream);
+void segment_sum(const SegmentCall& call, void* workspace, Stream stream);
 void draw_cells(const cpu::CellsJob& job, float* out, Stream stream);
 void clip(const cpu::CellsJob& job, bool write, int64_t* at_bound, Stream stream);
 void reset(const cpu::CellsJob& job, const cpu::ResetRange& range, Stream stream);

@@ -39,6 +39,7 @@ CELL_NUMBERS: int = LAYOUT["cell_numbers"]  # what `draw_cells` gives of a cell
 IO_SIZE = len(LAYOUT["io"])
 SEGMENT_WORDS: int = LAYOUT["segment_words"]  # see csrc/jobs.h
 BLOCK_SEGMENTS: int = LAYOUT["block_segments"]
+SEGMENT_DEPTH: int = LAYOUT["segment_depth"]  # of the stack on which segments are added (csrc/segments.h)
 
 library = torch.library.Library("lrtt", "DEF")
 
@@ -95,6 +96,15 @@ library.define(
 # Decodes GGML blocks: blocks uint8 [rows * bytes of a row], out [rows, columns] float32 or bfloat16 with unit stride in a
 # row; row i goes to row rows[i] of out (int64 [rows], each of them once; None: row i).
 library.define("dequantize_(Tensor(a!) out, Tensor blocks, int type, Tensor? rows) -> ()")
+# Slots of P parameters in S segments are added along a tree: out[p M + m] = scale * node m of slots[p S ... p S + S - 1].
+# `program` has one number a segment: 2 * additions after pushing it, + 1 if that completes a node (csrc/segments.h). A slot
+# without elements stands for zeros; weights float64 [S] (0 leaves out even NaN); scale float64 [1]; stats float64 [S, 2]
+# takes each segment's sum of squares and whether anything in it is not finite (or [0]: not wanted); redo: nothing happens
+# if all weights are 1.
+library.define(
+    "segment_sum_(Tensor(a!)[] out, Tensor[] slots, Tensor weights, Tensor scale, Tensor(b!) stats, int[] program, bool redo) "
+    "-> ()"
+)
 
 
 def planes(hyper: Tensor, array: int) -> int:
@@ -189,6 +199,16 @@ def _(y, acc, per, ticket, state, io, array, round, first_sample, pending):  # t
 @torch.library.register_fake("lrtt::dequantize_", lib=library)
 def _(out, blocks, type, rows):  # type: ignore[no-untyped-def]
     torch._check(out.dim() == 2, lambda: f"dequantize_: out must be [rows, columns], got {list(out.shape)}")
+
+
+@torch.library.register_fake("lrtt::segment_sum_", lib=library)
+def _(out, slots, weights, scale, stats, program, redo):  # type: ignore[no-untyped-def]
+    nodes = sum(step & 1 for step in program)
+    torch._check(
+        nodes > 0 and len(out) % nodes == 0 and len(slots) * nodes == len(out) * len(program),
+        lambda: f"segment_sum_: out must hold {nodes} nodes and slots {len(program)} segments of each parameter, got "
+        f"{len(out)} and {len(slots)}",
+    )
 
 
 def _check_tiles(op: str, a_list: list[Tensor], b_list: list[Tensor], c_list: list[Tensor]) -> None:

@@ -2,9 +2,11 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_lrtt.strategies.ddp import LRTTDDPStrategy
 from lightning_lrtt.strategies.single import LRTTStrategy
 
-__all__ = ["LRTTStrategy"]
+__all__ = ["LRTTDDPStrategy", "LRTTStrategy"]
 
-if LRTTStrategy.strategy_name not in StrategyRegistry:
-    LRTTStrategy.register_strategies(StrategyRegistry)
+for _strategy in (LRTTStrategy, LRTTDDPStrategy):
+    if _strategy.strategy_name not in StrategyRegistry:
+        _strategy.register_strategies(StrategyRegistry)

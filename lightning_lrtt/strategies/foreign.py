@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_lrtt.nn import find_tiles
-from lightning_lrtt.strategies.single import LRTTStrategy
+from lightning_lrtt.strategies.tiles import TileStrategy
 
 
 def refuse_foreign(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -23,7 +23,7 @@ def refuse_foreign(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             f"strategy: it must leave parameters whole for LR-TT tiles, got {name}; use Trainer(strategy='lrtt')"
         )
     pulsed = any(tile.config.is_pulsed for tile in tiles)
-    if pulsed and trainer.world_size > 1 and not isinstance(strategy, LRTTStrategy):
+    if pulsed and trainer.world_size > 1 and not isinstance(strategy, TileStrategy):
         raise MisconfigurationException(
             f"strategy: with pulsed tiles it must give every worker the same pulses, got {name}; use "
             "Trainer(strategy='lrtt', devices=1) or digital tiles"
