@@ -102,14 +102,13 @@ def test_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -
     OneCycleLR and CyclicLR (tested on pulsed tiles, the others on digital ones) with their momentum too.
     """
     used: list[float] = []
-    device_lr = LRTT._device_lr
+    refresh = LRTT.refresh_lr
 
-    def watch(self: LRTT, index: int, device: torch.device) -> torch.Tensor:
-        lr = device_lr(self, index, device)
-        used.append(float(lr))
-        return lr
+    def watch(self: LRTT) -> None:
+        refresh(self)
+        used.extend(float(lr) for lr in self._lr.values())
 
-    monkeypatch.setattr(LRTT, "_device_lr", watch)
+    monkeypatch.setattr(LRTT, "refresh_lr", watch)
     config = PULSED if name in ("OneCycleLR", "CyclicLR") else DIGITAL
     stock, model = Scheduled(SCHEDULES[name]), Scheduled(SCHEDULES[name])
     trainer(tmp_path, [], None, max_steps=10).fit(stock, loader(10))
