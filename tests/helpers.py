@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 import torch
@@ -134,3 +135,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Reproducible normals."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """The environment of a fresh process: without what an earlier group of workers left in ours."""
+    left = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "LOCAL_WORLD_SIZE"}
+    return {name: value for name, value in os.environ.items() if name not in left} | more

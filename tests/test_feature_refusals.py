@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from features import both, feature
+from helpers import clean_environment
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_helpers import DIGITAL, PULSED, Net, loader, trainer
@@ -130,7 +131,8 @@ class Own(Net):
 
 def ddp(tmp_path: Path, tiles: str) -> subprocess.CompletedProcess[str]:
     """Two workers, forked by a process of their own: one in which gloo has run already must not fork."""
-    return subprocess.run([sys.executable, __file__, tiles, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, __file__, tiles, str(tmp_path)], capture_output=True, text=True, timeout=120,
+                          env=clean_environment())
 
 
 @feature("Distributed", "plain ddp with a module's own tiles", tiles="pulsed", refused=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import segment_jobs as jobs
 import torch
+from helpers import clean_environment
 from segment_jobs import DIGITAL, PULSED, Failed, run
 
 from lightning_lrtt import build_info
@@ -243,7 +244,7 @@ def test_T9_one_digest_on_gpus(model):
 def test_torchrun_restarts_and_goes_on(tmp_path):
     """torchrun --max-restarts: a worker is killed once, the group starts anew and ends in the digest of one worker."""
     script = Path(jobs.__file__).parent / "segment_script.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)}
+    environment = clean_environment(OMP_NUM_THREADS="1", PYTHONPATH=str(script.parent))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(script), str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True,
                           timeout=150, check=False)
