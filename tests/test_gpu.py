@@ -158,6 +158,41 @@ def test_pulse_types_side_by_side():
     assert_same(on_both(run, *(torch.zeros(33, 9) for _ in range(n))), list(PULSES))
 
 
+@pytest.mark.parametrize(("case", "columns"), [("default", 9000), ("stochastic_100", 9000), ("mean_count", 18000)])
+def test_rounds_of_jobs_of_different_length(case, columns):
+    """The streams of the long job take several rounds, in which a short job of the same call has nothing left to do."""
+    pulse = PULSES.get(case, PulseConfig())
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(33, 9, 40), (4, columns, 1100)]
+    hypers = [LRTTConfig(rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds(), pulse=pulse).pack(n) for _, n, _ in shapes]
+    x = [torch.randn(samples, n, generator=generator) for _, n, samples in shapes]
+    d = [torch.randn(samples, m, generator=generator) for m, _, samples in shapes]
+
+    def run(*w):
+        where = w[0].device
+        rows = [state_and_counts(key=i) for i in range(2)]
+        if where.type == "cuda":  # scratch memory that was never written must not be taken for block numbers
+            torch.cuda.empty_cache()
+            torch.arange(2**26, dtype=torch.int32, device=where)
+        torch.ops.lrtt.pulsed_update_(list(w), [t.to(where) for t in x], [t.to(where) for t in d],
+                                      [torch.tensor(0.02, device=where)] * 2, [s.to(where) for s, _ in rows],
+                                      [c.to(where) for _, c in rows], hypers, [0] * 2, [0] * 2)
+
+    results = on_both(run, *(torch.zeros(m, n) for m, n, _ in shapes))
+    assert all(w.any() for w in results[0]), "no pulses: the test would compare nothing"
+    assert_same(results, ("short", "long"))
+
+
+def test_too_many_blocks_are_refused():
+    """Blocks of one sample (the longest trains): their numbers would not fit the noise counter of the CUDA kernels."""
+    hyper = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds(), pulse=PulseConfig(desired_bl=15872)).pack(1)
+    state, counts = (t.cuda() for t in state_and_counts())
+    w, x, d, eta = (torch.ones(*shape, device="cuda") for shape in ((1, 1), (2, 1), (2, 1), ()))
+    with pytest.raises(ValueError, match="at most 2097152 in one step"):
+        torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [0], [2**21])
+    torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [0], [2**21 - 512])
+
+
 def test_pulsed_update_bits_nonfinite_and_negative_rate():
     """Samples with NaN or infinity are skipped and counted alike; a negative rate flips the direction alike."""
     config = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds())
