@@ -132,8 +132,9 @@ def test_transfer_pulse_type_bits(case, mode):
         generator = torch.Generator().manual_seed(d)
         a, b, c = (torch.randn(*shape, generator=generator) for shape in ((d, r), (r, k), (d, k)))
         state, counts = state_and_counts()
+        packed = config.pack(k)
 
-        def run(a, b, c, state, counts, hyper=config.pack(k)):
+        def run(a, b, c, state, counts, hyper=packed):
             torch.ops.lrtt.transfer_([a], [b], [c], [state], [counts], [hyper], [1], False)
 
         results = on_both(run, a, b, 0.1 * c, state, counts)
