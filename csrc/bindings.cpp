@@ -40,14 +40,16 @@ PulseJob pulse_job(const py::tuple& t) {
   j.counts = pointer<int64_t>(t[15]);
   const double* hyper = pointer<const double>(t[16]);
   j.array = t[17].cast<int>();
-  const TileParams tile = tile_params(hyper);
-  j.pulse = PulseParams{int(tile.desired_bl), int(tile.update_management), int(tile.update_bl_management)};
+  j.pulse = update_pulse(tile_params(hyper));
   j.device = device_params(hyper, j.array == kC);
   j.cells = pointer<float>(t[18]);
   if (int(j.device.kind) == kIdealFloat)
     throw py::value_error("lrtt::pulsed_update_: array " + std::to_string(j.array) +
                           " must have a device to take pulses; give the config a " +
                           (j.array == kC ? "visible_device" : "fast_device"));
+  if (j.pulse.type >= kNone)
+    throw py::value_error("lrtt::pulsed_update_: pulse_type must be a pulsed one, got none or none_with_device; those are "
+                          "digital_update_");
   return j;
 }
 
@@ -176,6 +178,8 @@ py::dict layout() {
   out["segment_depth"] = kSegmentDepth;
   out["segment_block"] = kSegmentBlock;
   out["segment_lanes"] = py::make_tuple(kSegmentLanes, kSegmentFinalLanes);
+  out["short_slots"] = kShortSlots;
+  out["most_slots"] = kMostSlots;
   return out;
 }
 
@@ -212,14 +216,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("pulsed_update_cpu_bytes", [](const py::list& list) {
     size_t most = 0;
     for (const PulseJob& j : all(list, pulse_job))
-      most = std::max(most, cpu::workspace_bytes(j.m, j.n, j.pulse.desired_bl));
+      most = std::max(most, cpu::workspace_bytes(j.m, j.n, j.pulse));
     return most;
   });
   m.def("transfer_cpu_bytes", [](const py::list& list) {
     size_t most = 0;
     for (const TransferJob& j : all(list, transfer_job))
       if (int(j.tile.transfer_mode) != kDigital)
-        most = std::max(most, cpu::workspace_bytes(j.d, j.k, int(j.tile.transfer_bl)));
+        most = std::max(most, cpu::workspace_bytes(j.d, j.k, transfer_pulse(j.tile)));
     return most;
   });
   for (const char* name : {"reinit_cpu_bytes", "digital_update_cpu_bytes", "pulse_scale_cpu_bytes",

@@ -8,6 +8,10 @@
 // word. Within kSegmentWords words a cell sees nothing of the slots but the sequence of directions, and the n-th
 // pulse takes the n-th noise number. Blocks and segments are part of the numbers; chunk sizes and thread counts
 // are not.
+//
+// Trains that may exceed 31 slots come in blocks of fewer samples (block_samples), so that a block's stream stays
+// within the words of 512 samples of 31 slots; their bits are drawn in pieces of 32 slots. A counted train (mean_count,
+// deterministic_implicit) has no bits: the cell's n pulses take the first n of the sample's BL slots.
 #pragma once
 
 #include "devices.h"
@@ -17,10 +21,25 @@ namespace lrtt {
 constexpr int kBlockSamples = 512;
 constexpr int kSegmentWords = 64;
 constexpr int kBlockSegments = 8;                            // >= 512 * 31 / 32 / 64
+constexpr int kShortSlots = 31;                              // up to here a block has kBlockSamples samples
+constexpr int kMostSlots = kShortSlots * kBlockSamples;      // a block of one sample
 
-// The random counter of a segment's first noise words; a segment has at most 2048 pulses a cell.
-LRTT_HD uint32_t segment_counter(int64_t first_sample, int word) {
-  return (uint32_t(first_sample / kBlockSamples) * kBlockSegments + uint32_t(word / kSegmentWords)) * 256u;
+// Samples of a block whose trains have at most `slots` slots: a power of two.
+LRTT_HD int block_samples(int slots) {
+  int samples = kBlockSamples;
+  while (samples > 1 && samples * slots > kBlockSamples * kShortSlots) samples /= 2;
+  return samples;
+}
+
+// The random counter of a segment's first noise words; a segment has at most 2048 pulses a cell. What c1 cannot hold
+// stands in c3.
+struct SegmentCounter {
+  uint32_t c1, c3;
+};
+
+LRTT_HD SegmentCounter segment_counter(uint32_t block, int word, uint32_t c3) {
+  const uint32_t segment = block * kBlockSegments + uint32_t(word / kSegmentWords);
+  return SegmentCounter{segment << 8, c3 | (segment >> 24)};
 }
 
 constexpr double kFixedPoint = 16777216.0;                         // 2^24 units per weight unit
@@ -44,7 +63,9 @@ enum Count {
 #define LRTT_TILE_FIELDS(F)                                                                     \
   F(tau) F(transfer_every) F(count_samples) F(transfer_mode) F(reinit) F(reinit_std)             \
   F(desired_bl) F(update_management) F(update_bl_management) F(transfer_bl)                     \
-  F(transfer_update_management) F(transfer_update_bl_management) F(max_words)
+  F(transfer_update_management) F(transfer_update_bl_management) F(max_words)                   \
+  F(pulse_type) F(fixed_bl) F(max_bl) F(x_res) F(d_res) F(sto_round) F(um_grad_scale)           \
+  F(transfer_pulse_type) F(transfer_x_res) F(transfer_d_res) F(transfer_sto_round)
 
 struct TileParams {
 #define LRTT_FIELD(name) double name;
@@ -73,11 +94,54 @@ inline DeviceParams device_params(const double* hyper, bool visible) {
   return p;
 }
 
+enum PulseType : int {
+  kStochasticCompressed = 1,
+  kStochasticPlain = 2,  // differs in aihwkit's implementation only
+  kMeanCount = 3,
+  kDeterministicImplicit = 4,
+  kNone = 5,  // these two never reach a pulsed update
+  kNoneWithDevice = 6,
+};
+
 struct PulseParams {
   int desired_bl;
   int update_management;
   int update_bl_management;
+  int type = kStochasticCompressed;
+  int fixed_bl = 1;
+  int max_bl = 0;        // of a train that fixed_bl = 0 makes longer
+  int sto_round = 0;
+  float x_res = 0.0f, d_res = 0.0f;
+  double um_grad_scale = 1.0;
 };
+
+LRTT_HD PulseParams update_pulse(const TileParams& t) {
+  return {int(t.desired_bl), int(t.update_management), int(t.update_bl_management), int(t.pulse_type), int(t.fixed_bl),
+          int(t.max_bl), int(t.sto_round), float(t.x_res), float(t.d_res), t.um_grad_scale};
+}
+
+LRTT_HD PulseParams transfer_pulse(const TileParams& t) {
+  return {int(t.transfer_bl), int(t.transfer_update_management), int(t.transfer_update_bl_management),
+          int(t.transfer_pulse_type), 1, 0, int(t.transfer_sto_round), float(t.transfer_x_res), float(t.transfer_d_res),
+          1.0};
+}
+
+// Most slots that a train can have, and with it the samples of a block.
+LRTT_HD int most_slots(const PulseParams& p) { return p.fixed_bl || p.max_bl < p.desired_bl ? p.desired_bl : p.max_bl; }
+LRTT_HD int block_samples(const PulseParams& p) { return block_samples(most_slots(p)); }
+LRTT_HD int block_words(const PulseParams& p) { return (block_samples(p) * most_slots(p) + 31) / 32; }
+
+// How a job's pulses are made. Each form has kernels of its own, so that the common one pays nothing for the others.
+enum Form : int {
+  kShortBits = 0,  // at most kShortSlots slots with probabilities as they are
+  kAnyBits = 1,    // long trains, probabilities on a grid
+  kCounted = 2,    // no bits
+};
+
+LRTT_HD int form_of(const PulseParams& p) {
+  if (p.type == kMeanCount || p.type == kDeterministicImplicit) return kCounted;
+  return most_slots(p) > kShortSlots || p.x_res > 0.0f || p.d_res > 0.0f ? kAnyBits : kShortBits;
+}
 
 enum ElementType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
@@ -124,23 +188,30 @@ struct Train {
 };
 
 // Update management and BL management (Gokmen & Vlasov 2016; aihwkit's pulsed meta parameter).
-// x_max, d_max are magnitude_bits of the largest |x|, |d|. A non-finite operand gets no train.
+// x_max, d_max are magnitude_bits of the largest |x|, |d|. A non-finite operand gets no train. Without fixed_bl and BL
+// management, a train that desired_bl slots cannot express gets ceil(lr / g) slots and S = 1; beyond max_bl, S grows.
 LRTT_HD Train plan_train(float eta, uint32_t x_max, uint32_t d_max, float granularity,
                          const PulseParams& p, bool& finite) {
   finite = x_max < kNonFinite && d_max < kNonFinite && magnitude_bits(eta) < kNonFinite;
   Train t{0, 0.0f, 0.0f};
   if (!finite || x_max == 0 || d_max == 0 || eta == 0.0f) return t;
   const double lr = double(abs_(eta)), g = double(granularity);
-  const double xm = double(from_bits(x_max)), dm = double(from_bits(d_max));
+  const double xm = double(from_bits(x_max)), dm = double(from_bits(d_max)) * p.um_grad_scale;
   const double kappa = lr * xm * dm / g;
   const double want = double(p.desired_bl);
   double bl = want;
+  bool unit = false;
   if (p.update_bl_management && kappa < want) {
     bl = double(int(kappa));
     if (bl < kappa) bl += 1.0;
     if (bl < 1.0) return t;  // kappa underflowed to 0
+  } else if (!p.fixed_bl && g * want < lr) {
+    const double need = lr / g;
+    bl = double(most_slots(p));
+    unit = need <= bl;
+    if (unit) bl = double(int(need)) < need ? double(int(need)) + 1.0 : double(int(need));
   }
-  const double s = sqrt_(lr / (g * bl));
+  const double s = unit ? 1.0 : sqrt_(lr / (g * bl));
   double ratio = 1.0;  // sqrt(x_m / d_m), with d_m limited to what BL pulses can express
   if (p.update_management) ratio = sqrt_(xm / (kappa > want ? dm * (want / kappa) : dm));
   t.bl = int(bl);
@@ -150,6 +221,24 @@ LRTT_HD Train plan_train(float eta, uint32_t x_max, uint32_t d_max, float granul
   if (s * ratio < double(t.sd)) t.sd = float(s * ratio);
   if (s / ratio < double(t.sx)) t.sx = float(s / ratio);
   return t;
+}
+
+// ------------------------------------------------------------------ counted trains
+
+// One side of a counted train, from p = |v| S: mean_count rounds BL q(p) to a whole number, deterministic_implicit keeps
+// q(p); p above 1 acts as 1.
+LRTT_HD float counted_value(int type, float p, float res, bool random, uint32_t word, int bl) {
+  const float q = min_(on_grid(p, res, random, word), 1.0f);
+  return type == kMeanCount ? nearest_even(float(bl) * q) : q;
+}
+
+// Pulses of a cell whose sides have these values (magnitudes): round(x d / BL) or round(BL d x), halves to even.
+LRTT_HD int counted_pulses(int type, float x, float d, int bl) {
+  if (type == kDeterministicImplicit) return int(nearest_even(float(bl) * d * x));
+  const double product = double(x) * double(d);  // of integers; the quotient is exact enough for its integer part
+  const int whole = int(product / double(bl));
+  const int rest = 2 * (int(product) - whole * bl);
+  return whole + (rest > bl || (rest == bl && (whole & 1)) ? 1 : 0);
 }
 
 // Words that term q of a transfer needs so that nothing of it is cut, up to the cap.

@@ -18,13 +18,15 @@
 //   kWriteNoise        cell / 4              block of samples, 0       step    purpose|array|event
 //   kReset             cell                  number of the reset       step    purpose|array|0
 //   kReset             cell                  0, then 1 + pulse / 8     step    purpose|array|1 (refresh)
+//   kRound             element / 4           sample * 64 + side        step    purpose|array|0
 //   kRead              read_group(element)   sample                    ticket  purpose|array|round * 8 + stage
 //
 // `cell` = row * columns + column of the array; `element` indexes one side of an outer product; word
 // k of the four belongs to element 4*(element/4)+k, and likewise to a cell; of kNoise, its halves (low first) to pulses 2k and 2k+1
 // of a group of eight. `step` counts optimizer steps, `cycle` reinits; `segment` is a piece of the pulse stream (jobs.h) and `pulse`
-// counts the pulses of that cell in it; `piece` is the 32-slot piece of one sample's train. `event` is a WriteEvent
-// (devices.h); that of a reinit has the cycle instead of the step. The second cell of a pair belongs to array + kMinus.
+// counts the pulses of that cell in it; its bits above 24 stand in c3 in place of a 0. `piece` is the 32-slot piece of one
+// sample's train, `side` is 0 for x and 1 for d. `event` is a WriteEvent (devices.h); that of a reinit has the cycle instead
+// of the step. The second cell of a pair belongs to array + kMinus.
 // kRead is explained in io.h: `ticket` numbers the reads of a tile, `round` those of one read that bound management repeats.
 #pragma once
 
@@ -41,7 +43,7 @@ namespace lrtt {
 
 enum Array : uint32_t { kA = 0, kB = 1, kC = 2, kMinus = 4 };
 enum Purpose : uint32_t {
-  kDraw = 1, kReinit = 2, kBitX = 3, kBitD = 4, kNoise = 5, kDiffusion = 6, kWriteNoise = 7, kReset = 8,
+  kDraw = 1, kReinit = 2, kBitX = 3, kBitD = 4, kNoise = 5, kDiffusion = 6, kWriteNoise = 7, kReset = 8, kRound = 9,
   kRead = 16
 };
 
@@ -239,6 +241,25 @@ LRTT_HD uint32_t noise_bits(uint32_t word, uint32_t n) { return (n & 1u) ? word 
 
 LRTT_HD float noise(const float* levels, uint32_t bits) {
   return from_bits(to_bits(levels[bits & (kNoiseLevels - 1)]) ^ ((bits & 0x8000u) << 16));
+}
+
+// ------------------------------------------------------------------ probabilities on a grid
+
+// 0 <= v < 2^23 to the nearest integer, halves to the even one (rint).
+LRTT_HD float nearest_even(float v) {
+  const int whole = int(v);
+  const float rest = v - float(whole);
+  return float(whole + (rest > 0.5f || (rest == 0.5f && (whole & 1)) ? 1 : 0));
+}
+
+// p as a multiple of res: the nearest one, or with `random` one of the two neighbours so that the mean is p (to 2^-24 of
+// a step). res = 0 leaves p as it is. What is above 2 is far above 1 on every grid (res <= 1) and need not be exact.
+LRTT_HD float on_grid(float p, float res, bool random, uint32_t word) {
+  if (!(res > 0.0f)) return p;
+  const float steps = min_(p, 2.0f) / res;
+  if (!random) return nearest_even(steps) * res;
+  const int whole = int(steps);
+  return float(whole + (uniform(word) < steps - float(whole) ? 1 : 0)) * res;
 }
 
 // ------------------------------------------------------------------ Bernoulli words

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 import torch
@@ -18,32 +18,98 @@ from lightning_lrtt.io_config import IOConfig
 __all__ = ["IOConfig", "LRTTConfig", "PulseConfig"]
 
 _TRANSFER_MODES = {"digital": 1, "pulsed": 2, "pulsed_residual": 3}
+_PULSE_TYPES = {"stochastic_compressed": 1, "stochastic": 2, "mean_count": 3, "deterministic_implicit": 4, "none": 5,
+                "none_with_device": 6}  # PulseType of csrc/jobs.h
+_LONG_TRAIN = 496  # default of max_bl: blocks of 32 samples
 _REINITS = {"normal": 1, "uniform": 2, "orthogonal": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PulseConfig:
-    """How one sample's outer product becomes a train of pulses (stochastic, compressed).
+    """How one sample's outer product becomes a train of pulses.
 
-    Each of ``BL`` slots fires on input j with probability ``|x_j| S_x`` and on output i with ``|d_i| S_d``; a coincidence
-    is one device pulse. Rules after Gokmen & Vlasov (2016) and aihwkit's pulsed update.
+    A train has ``BL`` slots; with ``p_x = |x_j| S_x`` and ``p_d = |d_i| S_d`` (above 1 they act as 1) a cell gets about
+    ``BL p_x p_d`` device pulses. Rules after Gokmen & Vlasov (2016) and aihwkit's pulsed update, whose names these are but
+    for ``x_res`` and ``d_res``; formulas, and which type to use when, in docs/pulses.md.
 
     Args:
-        desired_bl: Longest train, 1 to 31 slots.
+        pulse_type: What a train is. ``stochastic_compressed``: input j fires in a slot with probability p_x, output i with
+            p_d, a coincidence is a pulse. ``stochastic``: the same; upstream sends positive and negative inputs in two
+            passes there, which changes neither the distribution nor, here, a bit. ``mean_count``:
+            ``round(round(BL p_x) round(BL p_d) / BL)`` pulses. ``deterministic_implicit``: ``round(BL p_x p_d)`` pulses.
+            ``none``: no device, a floating-point update. ``none_with_device``: a floating-point update, clipped to the
+            bounds of the device once a step.
+        desired_bl: Longest train, 1 to 15872 slots. Up to 31 is fastest.
+        fixed_bl: Without it (and without BL management) a learning rate beyond ``desired_bl`` steps makes the train longer:
+            ``BL = ceil(lr / g_w)``, ``S_x S_d = 1``.
+        max_bl: Longest train of ``fixed_bl=False``, at least ``desired_bl``; beyond it S grows. None: 496.
         update_bl_management: Shorten the train to what the sample needs, ``BL = ceil(lr max|x| max|d| / g_w)``.
         update_management: Balance ``S_x`` and ``S_d`` so that x never saturates.
+        um_grad_scale: Factor on max|d| in both managements; below 1 outliers of d are cut earlier.
+        x_res: Step of the grid to which p_x is rounded, 0 (no grid) or 2^-20 to 1: 1/n for n steps.
+        d_res: The same for p_d.
+        sto_round: Round to the grid at random, with the mean at p, instead of to the nearest step.
 
     Raises:
-        ValueError: If ``desired_bl`` is outside 1 to 31.
+        ValueError: If a number is outside its range, or an option would have no effect.
+
+    Example:
+        >>> PulseConfig(pulse_type="deterministic_implicit", x_res=1 / 15, d_res=1 / 15).is_pulsed
+        True
     """
 
+    pulse_type: Literal["stochastic_compressed", "stochastic", "mean_count", "deterministic_implicit", "none",
+                        "none_with_device"] = "stochastic_compressed"
     desired_bl: int = 31
+    fixed_bl: bool = True
+    max_bl: int | None = None
     update_bl_management: bool = True
     update_management: bool = True
+    um_grad_scale: float = 1.0
+    x_res: float = 0.0
+    d_res: float = 0.0
+    sto_round: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse trains that do not fit a word."""
-        _check.integer("PulseConfig", "desired_bl", self.desired_bl, low=1, high=31)
+        """Refuse trains that do not fit, and options that nothing would read."""
+        me, most = "PulseConfig", LAYOUT["most_slots"]
+        _check.choice(me, "pulse_type", self.pulse_type, _PULSE_TYPES)
+        _check.integer(me, "desired_bl", self.desired_bl, low=1, high=most)
+        _check.number(me, "um_grad_scale", self.um_grad_scale, above=0.0)
+        for name in ("x_res", "d_res"):
+            _check.number(me, name, getattr(self, name), low=0.0, high=1.0, remedy="write 1/n for n steps")
+            if 0.0 < getattr(self, name) < 2.0**-20:
+                raise _check.fail(me, name, "0 or at least 2**-20", getattr(self, name), "0 leaves probabilities as they are")
+        if not self.is_pulsed:
+            for f in fields(self)[1:]:
+                if getattr(self, f.name) != f.default:
+                    raise _check.fail(me, f.name, f"left at {f.default!r} with pulse_type={self.pulse_type!r}",
+                                      getattr(self, f.name), "a floating-point update has no train")
+            return
+        if not self.fixed_bl and self.update_bl_management:
+            raise _check.fail(me, "fixed_bl", "True with update_bl_management=True", False,
+                              "BL management sets the length; turn it off to let lr set it")
+        if self.max_bl is not None:
+            if self.fixed_bl:
+                raise _check.fail(me, "max_bl", "None with fixed_bl=True", self.max_bl, "desired_bl is the longest train")
+            _check.integer(me, "max_bl", self.max_bl, low=self.desired_bl, high=most)
+        if self.um_grad_scale != 1.0 and not (self.update_management or self.update_bl_management):
+            raise _check.fail(me, "um_grad_scale", "1 without update_management and update_bl_management",
+                              self.um_grad_scale, "nothing else reads it")
+        if self.sto_round and self.x_res == 0.0 and self.d_res == 0.0:
+            raise _check.fail(me, "sto_round", "False without x_res and d_res", True, "there is no grid to round to")
+
+    @property
+    def is_pulsed(self) -> bool:
+        """Whether there are pulses at all."""
+        return self.pulse_type not in ("none", "none_with_device")
+
+    @property
+    def longest(self) -> int:
+        """Slots of the longest train."""
+        if self.fixed_bl:
+            return self.desired_bl
+        return max(self.desired_bl, _LONG_TRAIN) if self.max_bl is None else self.max_bl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +131,7 @@ class LRTTConfig:
         fast_device: Device of A and B; None keeps them in floating point.
         visible_device: Device of C; None keeps it in floating point.
         pulse: Trains of the updates of A and B.
-        transfer_pulse: Trains of the transfer into C.
+        transfer_pulse: Trains of the transfer into C; one that needs more than ``desired_bl`` slots becomes several words.
         transfer_mode: ``digital`` adds tau A B, ``pulsed`` sends it as r rank-1 pulsed updates, ``pulsed_residual`` also
             keeps in A what the trains could not carry; ``auto``: pulsed if there is a ``visible_device``.
         transfer_max_words: Pulsed transfer: most words (of ``transfer_pulse.desired_bl`` slots) that one of the r terms may
@@ -136,6 +202,7 @@ class LRTTConfig:
             device = getattr(self, name)
             if device is not None and not isinstance(device, Device):
                 raise TypeError(f"{me}: {name} must be a device of lightning_lrtt.devices or None, got {device!r}")
+        self._check_pulses()
         if self.mode.startswith("pulsed") and self.visible_device is None:
             raise _check.fail(me, "transfer_mode", "'auto' or 'digital' without a visible_device", self.transfer_mode,
                               "give C a device, e.g. visible_device=devices.SoftBounds()")
@@ -147,6 +214,28 @@ class LRTTConfig:
                 raise _check.fail(me, "transfer_pulse.update_management", "on with transfer_mode='pulsed_residual'",
                                   False, "without it B saturates too and the rest is not rank r")
 
+    def _check_pulses(self) -> None:
+        """Trains must suit what they are for."""
+        me, kind = "LRTTConfig", self.pulse.pulse_type
+        if kind == "none" and self.fast_device is not None:
+            raise _check.fail(me, "fast_device", "None with pulse.pulse_type='none'", type(self.fast_device).__name__,
+                              "nothing would read it; 'none_with_device' keeps its bounds")
+        if kind == "none_with_device" and self.fast_device is None:
+            raise _check.fail(me, "pulse.pulse_type", "'none' without a fast_device", kind, "there are no bounds to clip to")
+        if kind == "none_with_device" and self.fast_device is not None and self.fast_device.planes:
+            raise _check.fail(me, "fast_device", "one that holds nothing but the weight with pulse.pulse_type='none_with_device'",
+                              type(self.fast_device).__name__, "write noise and pairs need pulses")
+        train = self.transfer_pulse
+        if not train.is_pulsed:
+            raise _check.fail(me, "transfer_pulse.pulse_type", "a pulsed one", train.pulse_type,
+                              "transfer_mode='digital' moves A B in floating point, clipped to the bounds of visible_device")
+        if not train.fixed_bl:
+            raise _check.fail(me, "transfer_pulse.fixed_bl", "True", False,
+                              "a transfer splits what needs more slots into words; raise desired_bl or transfer_max_words")
+        if train.um_grad_scale != 1.0:
+            raise _check.fail(me, "transfer_pulse.um_grad_scale", "1", train.um_grad_scale,
+                              "it would cut entries of A for which there are words")
+
     @property
     def tau(self) -> float:
         """The transfer learning rate in force."""
@@ -155,7 +244,7 @@ class LRTTConfig:
     @property
     def is_pulsed(self) -> bool:
         """Whether A and B are updated by pulses."""
-        return self.fast_device is not None
+        return self.fast_device is not None and self.pulse.is_pulsed
 
     @property
     def mode(self) -> str:
@@ -198,6 +287,17 @@ class LRTTConfig:
             "transfer_update_management": self.transfer_pulse.update_management,
             "transfer_update_bl_management": self.transfer_pulse.update_bl_management,
             "max_words": self.transfer_max_words,
+            "pulse_type": _PULSE_TYPES[self.pulse.pulse_type],
+            "fixed_bl": self.pulse.fixed_bl,
+            "max_bl": self.pulse.longest,
+            "x_res": self.pulse.x_res,
+            "d_res": self.pulse.d_res,
+            "sto_round": self.pulse.sto_round,
+            "um_grad_scale": self.pulse.um_grad_scale,
+            "transfer_pulse_type": _PULSE_TYPES[self.transfer_pulse.pulse_type],
+            "transfer_x_res": self.transfer_pulse.x_res,
+            "transfer_d_res": self.transfer_pulse.d_res,
+            "transfer_sto_round": self.transfer_pulse.sto_round,
         }
         values = [float(tile[name]) for name in LAYOUT["tile"]]
         for device in (self.fast_device, self.visible_device):

@@ -221,6 +221,7 @@ class LRTT(Optimizer):
                 [tile.tile_state for tile, _, _ in pairs], [tile.tile_counts for tile, _, _ in pairs],
                 [tile.config.factor_scale for tile, _, _ in pairs],
             )
+        _bound([tile for tile, _ in exact])
         _relax(modules)
         self._notify("before_transfer", modules)
         ops.transfer_(
@@ -329,6 +330,14 @@ def tiles_of(param_groups: list[dict[str, Any]]) -> list[tuple[TileModule, int]]
             if tile is not None and (id(tile) not in found or p is tile.weight):
                 found[id(tile)] = (tile, index)
     return list(found.values())
+
+
+def _bound(modules: list[TileModule]) -> None:
+    """Clip A and B of ``none_with_device`` to their cells' bounds after the floating-point update."""
+    for tile in modules:
+        if tile.config.fast_device is not None:
+            for array, w in ((A, tile.A.detach()), (B, tile.B.detach())):
+                torch.ops.lrtt.clip_(w, tile.tile_state, tile.hyper, array, True, [])
 
 
 def _relax(modules: list[TileModule]) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from helpers import DEVICES
+from pulse_cases import PULSES
 from torch import nn
 
 from lightning_lrtt import LRTT, LRTTConfig, PulseConfig, build_info, convert_to_lrtt, devices, presets
@@ -72,6 +73,125 @@ def test_pulsed_update_bits(device, samples, scale, pulse):
         if samples > 1:
             assert results[0][1][array] > 0, "no pulses: the test would compare nothing"
         assert_same(results, ("w", "counts", "x", "d", "eta", "state"))
+
+
+@pytest.mark.parametrize("case", PULSES)
+@pytest.mark.parametrize("device", ["ideal", "soft", "exp"])
+def test_pulse_type_bits(case, device):
+    """Every pulse type, length and grid: several blocks, both orientations, rows shorter and longer than a warp."""
+    samples = 1100 if PULSES[case].longest <= 100 else 70
+    for array, (rows, columns) in enumerate([(90, 5), (6, 130), (40, 70)]):
+        config = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=DEVICES[device], visible_device=DEVICES[device],
+                            pulse=PULSES[case])
+        generator = torch.Generator().manual_seed(rows)
+        w = 0.1 * torch.randn(rows, columns, generator=generator)
+        x, d = (torch.randn(samples, n, generator=generator) for n in (columns, rows))
+        x[3] = 0.0
+        d[5, 1] = float("nan")
+        state, counts = state_and_counts()
+        hyper = config.pack(columns)
+
+        def run(w, counts, x, d, eta, state, hyper=hyper, array=array):
+            torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [array], [1024])
+
+        results = on_both(run, w, counts, x, d.nan_to_num(0.3) if array else d, torch.tensor(-0.03), state)
+        assert results[0][1][array] > 0, "no pulses: the test would compare nothing"
+        for index, name in ((0, "w"), (1, "counts")):
+            assert torch.equal(results[0][index], results[1][index]), name
+
+
+@pytest.mark.parametrize("case", ["stochastic_100", "grid_random", "mean_count", "mean_count_long", "implicit_random"])
+@pytest.mark.parametrize("device", [devices.SoftBounds(write_noise_std=3.0), devices.OneSided(device=devices.SoftBounds())],
+                         ids=["noisy", "pair"])
+def test_pulse_type_bits_on_cells_that_hold_more(device, case):
+    """Write noise and pairs under long and counted trains."""
+    for rows, columns in [(90, 5), (6, 130)]:
+        hyper = LRTTConfig(rank=1, reinit_gain=1.0, visible_device=device, pulse=PULSES[case]).pack(columns)
+        generator = torch.Generator().manual_seed(rows)
+        x, d = (torch.randn(150, n, generator=generator) for n in (columns, rows))
+        cells = 0.2 * torch.rand(device.planes, rows, columns, generator=generator)
+        state, counts = state_and_counts()
+
+        def run(w, counts, cells, x, d, eta, state, hyper=hyper):
+            torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [2], [0], [cells])
+
+        results = on_both(run, torch.zeros(rows, columns), counts, cells, x, d, torch.tensor(-0.01), state)
+        assert results[0][1][2] > 0, "no pulses: the test would compare nothing"
+        assert_same(results, ("w", "counts", "cells", "x", "d", "eta", "state"))
+
+
+@pytest.mark.parametrize("mode", ["pulsed", "pulsed_residual"])
+@pytest.mark.parametrize("case", [name for name, p in PULSES.items() if p.fixed_bl and p.um_grad_scale == 1.0])
+def test_transfer_pulse_type_bits(case, mode):
+    """Transfers by every pulse type; the counters too."""
+    if mode == "pulsed_residual" and not PULSES[case].update_management:
+        pytest.skip("pulsed_residual needs update_management")
+    for d, k, r in SHAPES.values():
+        config = LRTTConfig(rank=r, transfer_every=1, reinit_gain=1.0, visible_device=devices.SoftBounds(), transfer_mode=mode,
+                            transfer_pulse=PULSES[case], transfer_max_words=90)
+        generator = torch.Generator().manual_seed(d)
+        a, b, c = (torch.randn(*shape, generator=generator) for shape in ((d, r), (r, k), (d, k)))
+        state, counts = state_and_counts()
+        packed = config.pack(k)
+
+        def run(a, b, c, state, counts, hyper=packed):
+            torch.ops.lrtt.transfer_([a], [b], [c], [state], [counts], [hyper], [1], False)
+
+        results = on_both(run, a, b, 0.1 * c, state, counts)
+        assert results[0][4][COUNTS["pulses_c"]] > 0
+        assert_same(results, ("A", "B", "C", "state", "counts"))
+
+
+def test_pulse_types_side_by_side():
+    """One call with tiles of every form: each gets what it gets alone."""
+    generator = torch.Generator().manual_seed(0)
+    hypers = [LRTTConfig(rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds(), pulse=p).pack(9) for p in PULSES.values()]
+    n = len(hypers)
+    x, d = ([torch.randn(40, m, generator=generator) for _ in range(n)] for m in (9, 33))
+
+    def run(*w):
+        where = w[0].device
+        rows = [pair for pair in (state_and_counts(key=i) for i in range(n))]
+        torch.ops.lrtt.pulsed_update_(list(w), [t.to(where) for t in x], [t.to(where) for t in d],
+                                      [torch.tensor(0.05, device=where)] * n, [s.to(where) for s, _ in rows],
+                                      [c.to(where) for _, c in rows], hypers, [0] * n, [0] * n)
+
+    assert_same(on_both(run, *(torch.zeros(33, 9) for _ in range(n))), list(PULSES))
+
+
+@pytest.mark.parametrize(("case", "columns"), [("default", 9000), ("stochastic_100", 9000), ("mean_count", 18000)])
+def test_rounds_of_jobs_of_different_length(case, columns):
+    """The streams of the long job take several rounds, in which a short job of the same call has nothing left to do."""
+    pulse = PULSES.get(case, PulseConfig())
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(33, 9, 40), (4, columns, 1100)]
+    hypers = [LRTTConfig(rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds(), pulse=pulse).pack(n) for _, n, _ in shapes]
+    x = [torch.randn(samples, n, generator=generator) for _, n, samples in shapes]
+    d = [torch.randn(samples, m, generator=generator) for m, _, samples in shapes]
+
+    def run(*w):
+        where = w[0].device
+        rows = [state_and_counts(key=i) for i in range(2)]
+        if where.type == "cuda":  # scratch memory that was never written must not be taken for block numbers
+            torch.cuda.empty_cache()
+            torch.arange(2**26, dtype=torch.int32, device=where)
+        torch.ops.lrtt.pulsed_update_(list(w), [t.to(where) for t in x], [t.to(where) for t in d],
+                                      [torch.tensor(0.02, device=where)] * 2, [s.to(where) for s, _ in rows],
+                                      [c.to(where) for _, c in rows], hypers, [0] * 2, [0] * 2)
+
+    results = on_both(run, *(torch.zeros(m, n) for m, n, _ in shapes))
+    assert all(w.any() for w in results[0]), "no pulses: the test would compare nothing"
+    assert_same(results, ("short", "long"))
+
+
+def test_too_many_blocks_are_refused():
+    """Blocks of one sample (the longest trains): their numbers would not fit the noise counter of the CUDA kernels."""
+    hyper = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds(), pulse=PulseConfig(desired_bl=15872)).pack(1)
+    state, counts = (t.cuda() for t in state_and_counts())
+    w, x, d, eta = (torch.ones(*shape, device="cuda") for shape in ((1, 1), (2, 1), (2, 1), ()))
+    with pytest.raises(ValueError, match="at most 2097152 in one step"):
+        torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [0], [2**21])
+    torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [0], [2**21 - 512])
 
 
 def test_pulsed_update_bits_nonfinite_and_negative_rate():

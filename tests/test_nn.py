@@ -518,7 +518,7 @@ ERRORS = {
         ),
         "without it B saturates too",
     ),
-    "bl": (lambda: PulseConfig(desired_bl=32), "PulseConfig: desired_bl must be between 1 and 31, got 32"),
+    "bl": (lambda: PulseConfig(desired_bl=15873), "PulseConfig: desired_bl must be between 1 and 15872, got 15873"),
 }
 
 

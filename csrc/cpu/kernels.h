@@ -10,8 +10,8 @@
 
 namespace lrtt::cpu {
 
-// Bytes of scratch that an update of an m x n array with trains of `bl` slots needs.
-size_t workspace_bytes(int64_t m, int64_t n, int bl);
+// Bytes of scratch that a pulsed update of an m x n array needs.
+size_t workspace_bytes(int64_t m, int64_t n, const PulseParams& pulse);
 
 void pulsed_update(const std::vector<PulseJob>& jobs, void* workspace, int threads);
 void transfer(const std::vector<TransferJob>& jobs, bool force, void* workspace, int threads);

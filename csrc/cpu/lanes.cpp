@@ -26,8 +26,30 @@ uint32_t largest(const float* v, int64_t n, int64_t stride) {
 }
 
 // Lane l, word k of a chunk is element 4*l + k: one Philox call serves the four words of a lane.
-void generate(const Operand& v, int64_t elements, int64_t e0, bool is_x, const BlockPlan& plan, uint64_t key,
-              uint32_t step, uint32_t array, const Stream& out) {
+using Lanes = uint32_t[4][kLanes];
+
+LRTT_HD void random_lanes(uint64_t key, uint32_t group0, uint32_t c1, uint32_t c2, uint32_t c3, Lanes& out) {
+  for (int l = 0; l < kLanes; ++l) {
+    const Words r = philox(key, group0 + uint32_t(l), c1, c2, c3);
+    out[0][l] = r.w[0];
+    out[1][l] = r.w[1];
+    out[2][l] = r.w[2];
+    out[3][l] = r.w[3];
+  }
+}
+
+// The random numbers of stochastic rounding of sample s; only read where a side asks for them.
+LRTT_HD void rounding_lanes(const PulseParams& pulse, const BlockPlan& plan, int s, bool is_x, int64_t e0, uint64_t key,
+                            uint32_t step, uint32_t array, Lanes& out) {
+  if (!pulse.sto_round) return;
+  const uint32_t c1 = uint32_t(plan.first_sample + s) * 64u + (is_x ? 0u : 1u);
+  random_lanes(key, uint32_t(e0 / 4), c1, step, counter3(kRound, array, 0), out);
+}
+
+// `any`: trains of any length, probabilities on a grid.
+template <bool any>
+LRTT_HD void generate_bits(const Operand& v, int64_t elements, int64_t e0, bool is_x, const PulseParams& pulse,
+                           const BlockPlan& plan, uint64_t key, uint32_t step, uint32_t array, const Stream& out) {
   const int width = int(elements - e0 < kChunk ? elements - e0 : kChunk);
   for (int w = 0; w < plan.words; ++w) {
     memset(out.bits + w * out.ld + e0, 0, sizeof(uint32_t) * width);
@@ -42,10 +64,13 @@ void generate(const Operand& v, int64_t elements, int64_t e0, bool is_x, const B
     float value[kChunk] = {};
     for (int e = 0; e < width; ++e) value[e] = row[e * v.es];
     Lanes bits, always, sign, fired, random;
+    if (any) rounding_lanes(pulse, plan, s, is_x, e0, key, step, array, random);
     for (int k = 0; k < 4; ++k) {
       for (int l = 0; l < kLanes; ++l) {
         const float f = value[4 * l + k];
-        const Threshold p = threshold(abs_(f) * scale);
+        float chance = abs_(f) * scale;
+        if (any) chance = on_grid(chance, is_x ? pulse.x_res : pulse.d_res, pulse.sto_round != 0, random[k][l]);
+        const Threshold p = threshold(chance);
         bits[k][l] = p.bits;
         always[k][l] = p.always;
         sign[k][l] = 0u - (to_bits(f) >> 31);
@@ -53,42 +78,48 @@ void generate(const Operand& v, int64_t elements, int64_t e0, bool is_x, const B
       }
     }
     const uint32_t c1 = uint32_t(plan.first_sample + s) * 64u;
-    const uint32_t slots = 0xffffffffu >> (32 - t.bl);
     const uint32_t group0 = uint32_t(e0 / 4);
-    if (t.bl <= kDirectSlots) {
-      for (int slot = 0; slot < t.bl; ++slot) {
-        random_lanes(key, group0, c1 + uint32_t(slot), step, c3, random);
+    for (int begin = 0; begin < (any ? t.bl : 1); begin += 32) {  // the pieces of a long train
+      const int bl = any && t.bl - begin > 32 ? 32 : t.bl - begin;
+      const uint32_t piece = c3 + (any ? uint32_t(begin / 32) : 0u);
+      const uint32_t slots = 0xffffffffu >> (32 - bl);
+      if (any && begin > 0) memset(fired, 0, sizeof(fired));
+      if (bl <= kDirectSlots) {
+        for (int slot = 0; slot < bl; ++slot) {
+          random_lanes(key, group0, c1 + uint32_t(slot), step, piece, random);
+          for (int k = 0; k < 4; ++k)
+            for (int l = 0; l < kLanes; ++l)
+              fired[k][l] |= (random[k][l] < bits[k][l] ? 1u : 0u) << slot;
+        }
+      } else {
+        Lanes undecided;
         for (int k = 0; k < 4; ++k)
-          for (int l = 0; l < kLanes; ++l)
-            fired[k][l] |= (random[k][l] < bits[k][l] ? 1u : 0u) << slot;
+          for (int l = 0; l < kLanes; ++l) undecided[k][l] = slots;
+        for (uint32_t plane = 0; plane < 32; ++plane) {
+          random_lanes(key, group0, c1 + plane, step, piece, random);
+          uint32_t open = 0;
+          for (int k = 0; k < 4; ++k)
+            for (int l = 0; l < kLanes; ++l) {
+              bernoulli_plane(plane, random[k][l], bits[k][l], undecided[k][l], fired[k][l]);
+              open |= undecided[k][l];
+            }
+          if (open == 0) break;
+        }
       }
-    } else {
-      Lanes undecided;
-      for (int k = 0; k < 4; ++k)
-        for (int l = 0; l < kLanes; ++l) undecided[k][l] = slots;
-      for (uint32_t plane = 0; plane < 32; ++plane) {
-        random_lanes(key, group0, c1 + plane, step, c3, random);
-        uint32_t open = 0;
-        for (int k = 0; k < 4; ++k)
-          for (int l = 0; l < kLanes; ++l) {
-            bernoulli_plane(plane, random[k][l], bits[k][l], undecided[k][l], fired[k][l]);
-            open |= undecided[k][l];
-          }
-        if (open == 0) break;
-      }
-    }
-    const int word = plan.offset[s] >> 5, shift = plan.offset[s] & 31;
-    const bool spills = shift + t.bl > 32;
-    uint32_t* b0 = out.bits + word * out.ld + e0;
-    uint32_t* n0 = out.neg + word * out.ld + e0;
-    for (int e = 0; e < width; ++e) {
-      const uint32_t f = (fired[e & 3][e >> 2] | always[e & 3][e >> 2]) & slots;
-      const uint32_t g = f & sign[e & 3][e >> 2];
-      b0[e] |= f << shift;
-      n0[e] |= g << shift;
-      if (spills) {
-        b0[out.ld + e] |= f >> (32 - shift);
-        n0[out.ld + e] |= g >> (32 - shift);
+      const int offset = plan.offset[s] + begin;
+      const int word = offset >> 5, shift = offset & 31;
+      const bool spills = shift + bl > 32;
+      uint32_t* b0 = out.bits + word * out.ld + e0;
+      uint32_t* n0 = out.neg + word * out.ld + e0;
+      for (int e = 0; e < width; ++e) {
+        const uint32_t f = (fired[e & 3][e >> 2] | always[e & 3][e >> 2]) & slots;
+        const uint32_t g = f & sign[e & 3][e >> 2];
+        b0[e] |= f << shift;
+        n0[e] |= g << shift;
+        if (spills) {
+          b0[out.ld + e] |= f >> (32 - shift);
+          n0[out.ld + e] |= g >> (32 - shift);
+        }
       }
     }
   }
@@ -162,6 +193,17 @@ LRTT_HD void step_lanes(const DeviceParams& p, const CellLanes (&c)[planes], con
   }
 }
 
+#include "counted_lanes.h"
+
+void generate(const Operand& v, int64_t elements, int64_t e0, bool is_x, const PulseParams& pulse, const BlockPlan& plan,
+              uint64_t key, uint32_t step, uint32_t array, const Stream& out) {
+  switch (form_of(pulse)) {
+    case kShortBits: generate_bits<false>(v, elements, e0, is_x, pulse, plan, key, step, array, out); break;
+    case kAnyBits: generate_bits<true>(v, elements, e0, is_x, pulse, plan, key, step, array, out); break;
+    default: generate_values(v, elements, e0, is_x, pulse, plan, key, step, array, out); break;
+  }
+}
+
 template <class Device, int how>
 LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, int64_t other, const Stream& x,
                     const Stream& d, int64_t* lost) {
@@ -200,11 +242,16 @@ LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, i
   }
   int64_t pulses = 0;
   Directions queue{};
+  const bool counted = form_of(job.pulse) == kCounted;
+  const uint32_t number = uint32_t(plan.first_sample / block_samples(job.pulse));  // of this block
+  int sample = 0;
   for (int begin = 0; begin < plan.words; begin += kSegmentWords) {
     const int end = plan.words - begin < kSegmentWords ? plan.words : begin + kSegmentWords;
     uint64_t held[kLanes] = {};  // directions not yet written to the queue
     for (int l = 0; l < kLanes; ++l) queue.count[l] = 0;
-    for (int word = begin; word < end; ++word) {
+    if (counted)
+      queue_counts(job.pulse, plan, begin, end, lanes, lane0, width, one, other, along_columns, down_flip, sample, held, queue);
+    for (int word = begin; word < (counted ? begin : end); ++word) {
       const uint32_t ob = one.bits[word * one.ld + other];
       if (ob == 0) continue;
       const uint32_t on = one.neg[word * one.ld + other] ^ down_flip;
@@ -227,14 +274,15 @@ LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, i
       queue.up[queue.count[l] / 32][l] = uint32_t(held[l]);
       if (how != kPlain) touched[l] |= queue.count[l];
     }
-    step_lanes<Device, how>(p, c, queue, cell, key, segment_counter(plan.first_sample, begin), step, c3, w, cut);
+    const SegmentCounter at = segment_counter(number, begin, c3);
+    step_lanes<Device, how>(p, c, queue, cell, key, at.c1, step, at.c3, w, cut);
   }
   for (int l = 0; l < width; ++l) {
     const int64_t i = first + l * stride;
     for (int plane = 0; plane < planes; ++plane) source[plane * size + i] = w[plane][l];
     if (how == kNoisy && touched[l])
       job.w[i] = shown(p, CellId{key, uint32_t(job.array), cell[l]}, w[0][l], kByPulses,
-                       uint32_t(plan.first_sample / kBlockSamples), step);
+                       number, step);
     if (how == kPair && touched[l]) job.w[i] = w[0][l] - w[planes - 1][l];
     *lost += int64_t(double(cut[l]) * kFixedPoint + 0.5);
   }

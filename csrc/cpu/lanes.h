@@ -34,7 +34,8 @@ struct BlockPlan {
   int offset[kBlockSamples + 1];  // first slot of each sample
 };
 
-// bits[word][element], neg[word][element]: where a slot fires, and where the firing operand is negative.
+// bits[word][element], neg[word][element]: where a slot fires, and where the firing operand is negative. Of a counted
+// train: bits[sample][element], counted_value with the sign of the operand.
 struct Stream {
   uint32_t *bits, *neg;
   int64_t ld;
@@ -45,8 +46,8 @@ struct LaneKernels {
   // Largest |v| of a strided vector, as magnitude_bits.
   uint32_t (*largest)(const float* v, int64_t n, int64_t stride);
   // Fills the stream of elements [e0, e0 + kChunk) (those below `elements`).
-  void (*generate)(const Operand& v, int64_t elements, int64_t e0, bool is_x, const BlockPlan& plan,
-                   uint64_t key, uint32_t step, uint32_t array, const Stream& out);
+  void (*generate)(const Operand& v, int64_t elements, int64_t e0, bool is_x, const PulseParams& pulse,
+                   const BlockPlan& plan, uint64_t key, uint32_t step, uint32_t array, const Stream& out);
   // Applies a block's pulses to kLanes cells along the job's longer side, starting at `lane0`, at index
   // `other` of the shorter side. Returns the number of pulses; adds what the bounds cut to *lost.
   int64_t (*pulses)(const PulseJob& job, const BlockPlan& plan, int64_t lane0, int64_t other, const Stream& x,

@@ -69,10 +69,10 @@ void transfer_pulsed(const TransferJob& job, bool residual, void* workspace, int
   target.state = job.state;
   target.counts = job.counts;
   target.array = kC;
-  target.pulse = PulseParams{int(tile.transfer_bl), int(tile.transfer_update_management),
-                             int(tile.transfer_update_bl_management)};
+  target.pulse = transfer_pulse(tile);
   target.device = job.visible;
 
+  const int full = block_samples(target.pulse);
   BlockPlan plan;
   plan.samples = 0;
   plan.first_sample = 0;
@@ -95,7 +95,7 @@ void transfer_pulsed(const TransferJob& job, bool residual, void* workspace, int
     for (int word = 0; word < words; ++word) {
       plan.row[plan.samples] = q;
       plan.train[plan.samples++] = train;
-      if (plan.samples == kBlockSamples) {
+      if (plan.samples == full) {
         apply_block(target, plan, workspace, threads);
         plan.first_sample += plan.samples;
         plan.samples = 0;
@@ -109,7 +109,8 @@ void transfer_pulsed(const TransferJob& job, bool residual, void* workspace, int
 float residual_limit(const TransferJob& job, int q) {
   const LaneKernels& lanes = lane_kernels();
   const float *a = static_cast<const float*>(job.a) + q, *b = static_cast<const float*>(job.b) + int64_t(q) * job.k;
-  const PulseParams pulse{int(job.tile.transfer_bl), 1, int(job.tile.transfer_update_bl_management)};
+  PulseParams pulse = transfer_pulse(job.tile);
+  pulse.update_management = 1;
   return saturation(float(job.tile.tau), lanes.largest(b, job.k, 1), lanes.largest(a, job.d, job.r),
                     job.visible.granularity, pulse, int(job.tile.max_words));
 }

@@ -33,8 +33,9 @@ namespace {
 int64_t padded(int64_t elements) { return (elements + kChunk - 1) / kChunk * kChunk; }
 }  // namespace
 
-size_t workspace_bytes(int64_t m, int64_t n, int bl) {
-  return size_t(kBlockSamples / 32 * bl) * 2 * sizeof(uint32_t) * size_t(padded(m) + padded(n)) + 64;
+size_t workspace_bytes(int64_t m, int64_t n, const PulseParams& pulse) {
+  const int rows = form_of(pulse) == kCounted ? block_samples(pulse) : 2 * block_words(pulse);
+  return size_t(rows) * sizeof(uint32_t) * size_t(padded(m) + padded(n)) + 64;
 }
 
 void apply_block(const PulseJob& job, BlockPlan& plan, void* workspace, int threads) {
@@ -49,8 +50,9 @@ void apply_block(const PulseJob& job, BlockPlan& plan, void* workspace, int thre
 
   auto* memory = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(workspace) + 63) & ~uintptr_t(63));
   Stream x{memory, nullptr, padded(job.n)}, d{nullptr, nullptr, padded(job.m)};
-  x.neg = x.bits + plan.words * x.ld;
-  d.bits = x.neg + plan.words * x.ld;
+  const bool counted = form_of(job.pulse) == kCounted;  // no neg
+  x.neg = x.bits + (counted ? plan.samples : plan.words) * x.ld;
+  d.bits = x.neg + (counted ? 0 : plan.words * x.ld);
   d.neg = d.bits + plan.words * d.ld;
 
   const LaneKernels& k = lane_kernels();
@@ -67,9 +69,9 @@ void apply_block(const PulseJob& job, BlockPlan& plan, void* workspace, int thre
 #pragma omp for schedule(dynamic)
     for (int64_t c = 0; c < chunks; ++c) {
       if (c < x_chunks) {
-        k.generate(job.x, job.n, c * kChunk, true, plan, key, step, uint32_t(job.array), x);
+        k.generate(job.x, job.n, c * kChunk, true, job.pulse, plan, key, step, uint32_t(job.array), x);
       } else {
-        k.generate(job.d, job.m, (c - x_chunks) * kChunk, false, plan, key, step, uint32_t(job.array), d);
+        k.generate(job.d, job.m, (c - x_chunks) * kChunk, false, job.pulse, plan, key, step, uint32_t(job.array), d);
       }
     }
 #pragma omp for schedule(dynamic, 4)
@@ -92,8 +94,9 @@ void pulsed_update(const std::vector<PulseJob>& jobs, void* workspace, int threa
   BlockPlan plan;
   for (const PulseJob& job : jobs) {
     int64_t bad = 0;
-    for (int64_t s0 = 0; s0 < job.samples; s0 += kBlockSamples) {
-      plan.samples = int(job.samples - s0 < kBlockSamples ? job.samples - s0 : kBlockSamples);
+    const int full = block_samples(job.pulse);
+    for (int64_t s0 = 0; s0 < job.samples; s0 += full) {
+      plan.samples = int(job.samples - s0 < full ? job.samples - s0 : full);
       plan.first_sample = job.first_sample + s0;
       plan.eta_sign = *job.eta < 0.0f ? -1.0f : 1.0f;
       const bool parallel = threads > 1 && int64_t(plan.samples) * (job.m + job.n) > 65536;

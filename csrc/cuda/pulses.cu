@@ -6,19 +6,8 @@ namespace lrtt::cuda {
 
 namespace {
 
-constexpr int kCellBlocks = 2;  // resident on a multiprocessor
-constexpr int kWordThreads = 128;
 // Scratch for the streams of one round.
 constexpr size_t kStreamBytes = size_t(64) << 20;
-
-__host__ __device__ __forceinline__ int64_t groups_of(int64_t elements) { return (elements + 3) / 4; }
-
-// Whether any of the jobs is due; all threads of a block ask together.
-__device__ __forceinline__ bool any_fires(const Predicate& predicate, int count) {
-  bool due = false;
-  for (int i = threadIdx.x; i < count; i += int(blockDim.x)) due |= fires(predicate.jobs[i], predicate.force);
-  return __syncthreads_or(due);
-}
 
 // The trains of one block of samples as a stream sees them.
 struct BlockView {
@@ -30,12 +19,10 @@ struct BlockView {
   __device__ __forceinline__ int64_t row(int s) const { return rows ? rows[s] : first_row + s; }
 };
 
-__device__ __forceinline__ BlockView view(const DevicePulse& p, int block) {
-  const int64_t left = p.job.samples - int64_t(block) * kBlockSamples;
-  return BlockView{p.trains + int64_t(block) * kBlockSamples,
-                   p.transfer ? p.rows + int64_t(block) * kBlockSamples : nullptr,
-                   int(left < kBlockSamples ? left : kBlockSamples), p.job.first_sample + int64_t(block) * kBlockSamples,
-                   int64_t(block) * kBlockSamples};
+__device__ __forceinline__ BlockView view(const DevicePulse& p, int block, int size) {
+  const int64_t first = int64_t(block) * size, left = p.job.samples - first;
+  return BlockView{p.trains + first, p.transfer ? p.rows + first : nullptr, int(left < size ? left : size),
+                   p.job.first_sample + first, first};
 }
 
 // How the four elements of a group are read: one vector load a sample, or one by one (any strides, rows by index).
@@ -93,27 +80,38 @@ struct Side {
   bool is_x;
   uint64_t key;
   uint32_t step, c3;
-  __device__ __forceinline__ Side(const PulseJob& job, bool x)
-      : is_x(x), key(uint64_t(job.state[kKey])), step(uint32_t(job.state[kStep])),
-        c3(counter3(x ? kBitX : kBitD, uint32_t(job.array), 0)) {}
+  const PulseJob& job;
+  __device__ __forceinline__ Side(const PulseJob& j, bool x)
+      : is_x(x), key(uint64_t(j.state[kKey])), step(uint32_t(j.state[kStep])),
+        c3(counter3(x ? kBitX : kBitD, uint32_t(j.array), 0)), job(j) {}
 };
 
-// The slots in which the four elements of a group fire for one sample.
-__device__ __forceinline__ void fire(const Side& side, const uint4& raw, const Planned& t, int group, uint32_t sample,
+// The slots in which the four elements of a group fire for one sample. `any` (Form kAnyBits): the 32 slots from 32 * piece on, of
+// probabilities on a grid.
+template <bool any>
+__device__ __forceinline__ void fire(const Side& side, const uint4& raw, const Planned& t, int group, uint32_t sample, int piece,
                                      uint32_t (&fired)[4]) {
   const float scale = side.is_x ? t.sx : t.sd;
-  const uint32_t value[4] = {raw.x, raw.y, raw.z, raw.w};
+  const uint32_t value[4] = {raw.x, raw.y, raw.z, raw.w}, c1 = sample * 64u;
+  Words grid{};
+  if (any && side.job.pulse.sto_round)
+    grid = philox(side.key, uint32_t(group), c1 + (side.is_x ? 0u : 1u), side.step,
+                  counter3(kRound, uint32_t(side.job.array), 0));
   Threshold limit[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    limit[k] = threshold(abs_(from_bits(value[k])) * scale);
+    float chance = abs_(from_bits(value[k])) * scale;
+    if (any)
+      chance = on_grid(chance, side.is_x ? side.job.pulse.x_res : side.job.pulse.d_res, side.job.pulse.sto_round != 0, grid.w[k]);
+    limit[k] = threshold(chance);
     fired[k] = 0;
   }
-  const uint32_t c1 = sample * 64u, slots = 0xffffffffu >> (32 - t.bl);
-  if (t.bl <= kDirectSlots) {
+  const int bl = any ? min(t.bl - 32 * piece, 32) : t.bl;
+  const uint32_t slots = 0xffffffffu >> (32 - bl), c3 = any ? side.c3 + uint32_t(piece) : side.c3;
+  if (bl <= kDirectSlots) {
 #pragma unroll 1
-    for (int slot = 0; slot < t.bl; ++slot) {
-      const Words r = philox(side.key, uint32_t(group), c1 + uint32_t(slot), side.step, side.c3);
+    for (int slot = 0; slot < bl; ++slot) {
+      const Words r = philox(side.key, uint32_t(group), c1 + uint32_t(slot), side.step, c3);
 #pragma unroll
       for (int k = 0; k < 4; ++k) fired[k] |= (r.w[k] < limit[k].bits ? 1u : 0u) << slot;
     }
@@ -121,7 +119,7 @@ __device__ __forceinline__ void fire(const Side& side, const uint4& raw, const P
     uint32_t undecided[4] = {slots, slots, slots, slots};
 #pragma unroll 1
     for (uint32_t plane = 0; plane < 32; ++plane) {
-      const Words r = philox(side.key, uint32_t(group), c1 + plane, side.step, side.c3);
+      const Words r = philox(side.key, uint32_t(group), c1 + plane, side.step, c3);
       uint32_t open = 0;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -164,7 +162,7 @@ __device__ __forceinline__ uint32_t or_parts(uint32_t v) {
 }
 
 // Word `word` of a block's stream, for kWarpGroups groups of one side, by a warp: thread (part, group) takes every kParts-th sample.
-template <Access kind>
+template <Access kind, bool any>
 __device__ __forceinline__ void make_word(const Operand& v, int elements, const BlockView& samples, const Side& side, int word,
                                           int chunk, uint32_t* to_bits_, uint32_t* to_neg) {
   const int lane = int(threadIdx.x % 32), part = lane / kWarpGroups, group = chunk * kWarpGroups + lane % kWarpGroups;
@@ -190,16 +188,21 @@ __device__ __forceinline__ void make_word(const Operand& v, int elements, const 
     }
     if (t.bl == 0) continue;
     const uint4 value = Reader<kind>::decode(raw);
-    uint32_t fired[4];
-    fire(side, value, t, group, sample, fired);
-    const int shift = t.first - low;
     const uint32_t element[4] = {value.x, value.y, value.z, value.w};
+    int shift = t.first - low, piece = any && shift < 0 ? -shift / 32 : 0;  // pieces that end before the word are passed over
+    if (any) shift += 32 * piece;
+    do {
+      uint32_t fired[4];
+      fire<any>(side, value, t, group, sample, piece, fired);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const uint32_t f = shift >= 0 ? fired[k] << shift : fired[k] >> -shift;
-      bits[k] |= f;
-      neg[k] |= f & (0u - (element[k] >> 31));
-    }
+      for (int k = 0; k < 4; ++k) {
+        const uint32_t f = shift >= 0 ? fired[k] << shift : fired[k] >> -shift;
+        bits[k] |= f;
+        neg[k] |= f & (0u - (element[k] >> 31));
+      }
+      ++piece;
+      shift += 32;
+    } while (any && 32 * piece < t.bl && shift < 32);
   }
   __syncwarp();
 #pragma unroll
@@ -214,32 +217,25 @@ __device__ __forceinline__ void make_word(const Operand& v, int elements, const 
 }
 
 // A warp's task in a round: the stream row and the groups that its number names.
+template <bool any>
 __device__ __forceinline__ void make_words(const DevicePulse& p, int64_t task, int round) {
   const int x_chunks = int(chunks_of(p.job.n)), chunks = x_chunks + int(chunks_of(p.job.m));
-  const int row = int(task / chunks), end = p.begin[round + 1];
-  int chunk = int(task - int64_t(row) * chunks), block = p.begin[round];
-  for (int last = end - 1; block < last;) {  // the last block that begins at or before the row
-    const int middle = (block + last + 1) / 2;
-    if (p.place[middle] <= row) {
-      block = middle;
-    } else {
-      last = middle - 1;
-    }
-  }
+  const int row = int(task / chunks), block = block_of_row(p, round, row);
+  int chunk = int(task - int64_t(row) * chunks);
   const int word = row - p.place[block];
   if (word >= p.words[block]) return;
   const bool is_x = chunk < x_chunks;
   if (!is_x) chunk -= x_chunks;
   const int elements = is_x ? p.job.n : p.job.m;
-  const BlockView samples = view(p, block);
+  const BlockView samples = view(p, block, any ? p.samples : kBlockSamples);
   const Operand& v = is_x ? p.job.x : p.job.d;
   const Side side(p.job, is_x);
   uint32_t* bits = (is_x ? p.x_bits : p.d_bits) + int64_t(row) * elements;
   uint32_t* neg = (is_x ? p.x_neg : p.d_neg) + int64_t(row) * elements;
   switch (access(v, elements, samples.rows)) {
-    case kVectorFloat: make_word<kVectorFloat>(v, elements, samples, side, word, chunk, bits, neg); break;
-    case kVectorBFloat16: make_word<kVectorBFloat16>(v, elements, samples, side, word, chunk, bits, neg); break;
-    case kScattered: make_word<kScattered>(v, elements, samples, side, word, chunk, bits, neg); break;
+    case kVectorFloat: make_word<kVectorFloat, any>(v, elements, samples, side, word, chunk, bits, neg); break;
+    case kVectorBFloat16: make_word<kVectorBFloat16, any>(v, elements, samples, side, word, chunk, bits, neg); break;
+    case kScattered: make_word<kScattered, any>(v, elements, samples, side, word, chunk, bits, neg); break;
   }
 }
 
@@ -252,7 +248,8 @@ __device__ __forceinline__ int64_t task_blocks(const DevicePulse& p, int round) 
 }
 
 // Resident blocks run through the tasks of all jobs: a launch that finds nothing to do must cost next to nothing.
-__global__ void __launch_bounds__(kWordThreads, 6)
+template <bool any>
+__global__ void __launch_bounds__(kWordThreads, any ? 4 : 6)
     make_streams(const DevicePulse* table, int count, int round, Predicate predicate) {
   if (predicate.jobs && !any_fires(predicate, count)) return;
   int64_t b = blockIdx.x;  // counted from the first task of the present job
@@ -260,7 +257,7 @@ __global__ void __launch_bounds__(kWordThreads, 6)
     const DevicePulse& p = table[i];
     if (predicate.jobs && !fires(predicate.jobs[i], predicate.force)) continue;
     const int64_t blocks = task_blocks(p, round);
-    for (; b < blocks; b += gridDim.x) make_words(p, b * (kWordThreads / 32) + threadIdx.x / 32, round);
+    for (; b < blocks; b += gridDim.x) make_words<any>(p, b * (kWordThreads / 32) + threadIdx.x / 32, round);
     b -= blocks;
   }
 }
@@ -330,7 +327,7 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
       copy_stored<kLongLanes, kLongLanes, 1>(along_columns ? p.x_bits : p.d_bits, along_columns ? p.x_neg : p.d_neg, row0, many,
                                              longer, long0, 0, &shared.longer[0][0]);
       __syncthreads();
-      const uint32_t c1 = segment_counter(job.first_sample + int64_t(block) * kBlockSamples, begin);
+      const uint32_t c1 = segment_counter(p.first_block + uint32_t(block), begin, 0).c1;
       // A lane walks its own words: only the number of pulses, not where they lie, makes lanes wait for each other.
       const uint2 *s = shared.shorter[row], *l = &shared.longer[0][mine];
       const uint2* const end = live ? s + many : s;
@@ -366,7 +363,7 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
       }
     }
     if (loses) lost += int64_t(double(cut) * kFixedPoint + 0.5);
-    if (how == kNoisy && pulses != before) last_touch = uint32_t(job.first_sample / kBlockSamples) + uint32_t(block);
+    if (how == kNoisy && pulses != before) last_touch = p.first_block + uint32_t(block);
   }
   if (how == kPlain) {
     if (live) job.w[index] = w;
@@ -410,6 +407,17 @@ int64_t cell_blocks(const DevicePulse& p) {
   return blocks_of(longer, kLongLanes) * blocks_of(shorter, kShortRows);
 }
 
+// Scratch for the streams of one block of samples.
+size_t block_bytes(const DevicePulse& p) {
+  return size_t(p.block_words) * (p.form == kCounted ? 1 : 2) * sizeof(uint32_t) * size_t(p.job.m + p.job.n);
+}
+
+// Blocks of the kernel that makes the streams of a round.
+int64_t word_blocks(const DevicePulse& p) {
+  if (p.form == kCounted) return blocks_of((groups_of(p.job.n) + groups_of(p.job.m)) * p.capacity, kWordThreads);
+  return blocks_of((chunks_of(p.job.n) + chunks_of(p.job.m)) * p.capacity, kWordThreads / 32);
+}
+
 // Rounds until the largest job of jobs[first .. last - 1] is through, each with `each` blocks of samples of every job.
 PulseSet place_streams(std::vector<DevicePulse>& jobs, int first, int last, size_t bytes, Arena& streams) {
   const int64_t fit = int64_t(kStreamBytes / bytes), each = fit > 1 ? fit : 1;
@@ -421,10 +429,12 @@ PulseSet place_streams(std::vector<DevicePulse>& jobs, int first, int last, size
     const int rounds = int(blocks_of(p.blocks, together));
     set.rounds = rounds > set.rounds ? rounds : set.rounds;
     p.x_bits = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.n));
-    p.x_neg = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.n));
     p.d_bits = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.m));
-    p.d_neg = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.m));
-    set.word_blocks += blocks_of((chunks_of(p.job.n) + chunks_of(p.job.m)) * p.capacity, kWordThreads / 32);
+    if (p.form != kCounted) {
+      p.x_neg = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.n));
+      p.d_neg = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.m));
+    }
+    set.word_blocks += word_blocks(p);
     const bool follows = i > first && same_kernel(jobs[size_t(i) - 1].job, p.job);  // blocks of one kernel are numbered through
     p.first_cell_block = follows ? jobs[size_t(i) - 1].first_cell_block + cell_blocks(jobs[size_t(i) - 1]) : 0;
   }
@@ -433,21 +443,43 @@ PulseSet place_streams(std::vector<DevicePulse>& jobs, int first, int last, size
 
 }  // namespace
 
+DevicePulse describe(const PulseJob& job, const PulseParams& pulse) {
+  DevicePulse p{};
+  p.job = job;
+  p.job.pulse = pulse;
+  p.form = form_of(pulse);
+  p.samples = block_samples(pulse);
+  const int64_t first_block = job.first_sample / p.samples, blocks = blocks_of(job.samples, p.samples);
+  if (first_block + blocks > kMostBlocks)
+    throw std::invalid_argument("lightning_lrtt: samples of a pulsed update on a CUDA device must be at most " +
+                                std::to_string(kMostBlocks * p.samples) + " in one step with trains of up to " +
+                                std::to_string(most_slots(pulse)) + " slots, got " + std::to_string(job.first_sample + job.samples) +
+                                "; split the batch or shorten the trains");
+  p.first_block = uint32_t(first_block);
+  p.blocks = int(blocks);
+  p.block_words = p.form == kCounted ? p.samples : block_words(pulse);
+  return p;
+}
+
 bool kernel_order(const PulseJob& a, const PulseJob& b) {
+  if (form_of(a.pulse) != form_of(b.pulse)) return form_of(a.pulse) < form_of(b.pulse);
   if (hold(a.device) != hold(b.device)) return hold(a.device) < hold(b.device);
   return a.device.kind != b.device.kind ? a.device.kind < b.device.kind : (a.array == kC) < (b.array == kC);
 }
 
 std::vector<PulseSet> arrange(std::vector<DevicePulse>& jobs, Arena& arena) {
+  int most_rounds = 0;  // of a set: as many as the largest of its jobs needs
+  for (const DevicePulse& p : jobs) most_rounds = p.blocks > most_rounds ? p.blocks : most_rounds;
   for (DevicePulse& p : jobs) {
-    const size_t samples = size_t(p.blocks) * kBlockSamples;
+    const size_t samples = size_t(p.blocks) * size_t(p.samples);
+    p.most_rounds = most_rounds;
     p.along_columns = p.job.n >= p.job.m;
     p.maxima = arena.take<uint32_t>(p.transfer ? 0 : size_t(p.job.samples) * 2);
     p.trains = arena.take<Planned>(samples);
     p.rows = p.transfer ? arena.take<int>(samples) : nullptr;
     p.words = arena.take<int>(size_t(p.blocks));
     p.place = arena.take<int>(size_t(p.blocks));
-    p.begin = arena.take<int>(size_t(p.blocks) + 2);  // a round beyond the last block is empty too
+    p.begin = arena.take<int>(size_t(most_rounds) + 1);
   }
   std::vector<PulseSet> sets;
   Arena most = arena;  // the sets use one region of streams in turn
@@ -455,8 +487,8 @@ std::vector<PulseSet> arrange(std::vector<DevicePulse>& jobs, Arena& arena) {
     size_t bytes = 0;
     while (last < int(jobs.size())) {
       const DevicePulse& p = jobs[size_t(last)];
-      const size_t mine = size_t(p.block_words) * 8 * size_t(p.job.m + p.job.n);
-      if (last > first && bytes + mine > kStreamBytes) break;
+      const size_t mine = block_bytes(p);
+      if (last > first && (p.form != jobs[size_t(first)].form || bytes + mine > kStreamBytes)) break;
       bytes += mine;
       ++last;
     }
@@ -474,13 +506,25 @@ void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table
   for (const PulseSet& set : sets) {
     const auto from = [&](int first) { return Predicate{predicate.jobs ? predicate.jobs + first : nullptr, predicate.force}; };
     for (int round = 0; round < set.rounds; ++round) {
-      make_streams<<<unsigned(set.word_blocks < most_words ? set.word_blocks : most_words), kWordThreads, 0, stream>>>(
-          table + set.first, set.count, round, from(set.first));
+      const unsigned word_grid = unsigned(set.word_blocks < most_words ? set.word_blocks : most_words);
+      switch (jobs[size_t(set.first)].form) {
+        case kShortBits:
+          make_streams<false><<<word_grid, kWordThreads, 0, stream>>>(table + set.first, set.count, round, from(set.first));
+          break;
+        case kAnyBits:
+          make_streams<true><<<word_grid, kWordThreads, 0, stream>>>(table + set.first, set.count, round, from(set.first));
+          break;
+        default: launch_values(table + set.first, set.count, word_grid, round, from(set.first), stream);
+      }
       for (int first = set.first, last = first; first < set.first + set.count; first = last) {
         while (last < set.first + set.count && same_kernel(jobs[size_t(first)].job, jobs[size_t(last)].job)) ++last;
         const DevicePulse& end = jobs[size_t(last) - 1];
         const int64_t blocks = end.first_cell_block + cell_blocks(end);
         const unsigned grid = unsigned(blocks < most_cells ? blocks : most_cells);
+        if (end.form == kCounted) {
+          launch_counted_cells(table + first, last - first, hold(end.job.device), blocks, grid, round, levels, from(first), stream);
+          continue;
+        }
         with_device(int(end.job.device.kind), [&](auto device) {
           using Device = decltype(device);
           const auto launch = [&](auto loses, auto how) {

@@ -11,6 +11,10 @@
 namespace lrtt::cuda {
 
 constexpr int kCellThreads = 512;
+constexpr int kCellBlocks = 2;  // resident on a multiprocessor
+constexpr int kWordThreads = 128;
+// So that the noise counter of every segment fits c1 (segment_counter): c3 stays a constant of the cell kernels.
+constexpr int64_t kMostBlocks = (int64_t(1) << 24) / kBlockSegments;
 constexpr int kLongLanes = 32;                          // cells of a warp lie along the longer side
 constexpr int kShortRows = kCellThreads / kLongLanes;   // one warp per index of the shorter side
 
@@ -21,21 +25,26 @@ struct alignas(16) Planned {
   int first;
 };
 
-// A PulseJob and its scratch. Streams are [stream row][element]; a row is a word of slots.
+// A PulseJob and its scratch. Streams are [stream row][element]; a row is a word of slots, or of a counted train a sample: then
+// bits are its counted values with the signs of the operand, and there is no neg.
 struct DevicePulse {
   PulseJob job;
-  int blocks;                 // of kBlockSamples samples
-  int block_words;            // most words of one block
+  int form;                   // Form
+  int samples;                // of a block; kBlockSamples of them in form kShortBits
+  uint32_t first_block;       // number of block 0 in the random counters
+  int blocks;
+  int block_words;            // most stream rows of one block
+  int most_rounds;            // room in begin
   int capacity;               // stream rows of one round, a multiple of block_words
   int transfer;               // 1: samples are words of terms (rows), guarded by the transfer predicate
   int along_columns;          // the longer side
   float eta_sign;             // transfer only; an update reads *eta
   uint32_t* maxima;           // [samples][2], update only
-  Planned* trains;            // [blocks][kBlockSamples]
-  int* rows;                  // [blocks][kBlockSamples], transfer only
-  int* words;                 // [blocks]
+  Planned* trains;            // [blocks][samples]
+  int* rows;                  // [blocks][samples], transfer only
+  int* words;                 // [blocks], stream rows
   int* place;                 // [blocks], first stream row of a block in its round
-  int* begin;                 // [blocks + 1], round r takes blocks begin[r] .. begin[r + 1] - 1
+  int* begin;                 // [most_rounds + 1], round r takes blocks begin[r] .. begin[r + 1] - 1
   uint32_t *x_bits, *x_neg, *d_bits, *d_neg;
   int64_t first_sample_warp, first_plan_block, first_cell_block;
 };
@@ -45,6 +54,9 @@ struct PulseSet {
   int first, count, rounds;
   int64_t word_blocks;
 };
+
+// A job whose trains follow `pulse`, without its scratch.
+DevicePulse describe(const PulseJob& job, const PulseParams& pulse);
 
 // The order in which jobs must lie in a table: those that one cell kernel serves stand together.
 bool kernel_order(const PulseJob& a, const PulseJob& b);
@@ -61,6 +73,13 @@ struct Predicate {
 // The last two stages. `jobs` is the host's copy of `table`; `levels` are the kNoiseLevels noise levels.
 void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table, const std::vector<PulseSet>& sets,
                   const float* levels, Predicate predicate, cudaStream_t stream);
+
+// Counted trains in a round: the values of `count` jobs, and the pulses of `count` jobs that one Hold has.
+void launch_values(const DevicePulse* table, int count, unsigned grid, int round, Predicate predicate, cudaStream_t stream);
+void launch_counted_cells(const DevicePulse* table, int count, int how, int64_t blocks, unsigned grid, int round,
+                          const float* levels, Predicate predicate, cudaStream_t stream);
+
+__host__ __device__ __forceinline__ int64_t groups_of(int64_t elements) { return (elements + 3) / 4; }
 
 // Packs blocks of samples into rounds, by a warp; words[] is complete.
 __device__ __forceinline__ void place_blocks(const DevicePulse& p) {
@@ -82,7 +101,26 @@ __device__ __forceinline__ void place_blocks(const DevicePulse& p) {
     }
     if (first + lane < p.blocks) p.place[first + lane] = place;
   }
-  for (int r = round + 1 + lane; r <= p.blocks; r += 32) p.begin[r] = p.blocks;
+  for (int r = round + 1 + lane; r <= p.most_rounds; r += 32) p.begin[r] = p.blocks;
+}
+
+// Stream rows of a block whose trains take `words` words.
+__device__ __forceinline__ int stream_rows(const DevicePulse& p, int words) {
+  return p.form == kCounted && words > 0 ? p.samples : words;
+}
+
+// The block of a round that holds a stream row: the last one that begins at or before it.
+__device__ __forceinline__ int block_of_row(const DevicePulse& p, int round, int row) {
+  int block = p.begin[round];
+  for (int last = p.begin[round + 1] - 1; block < last;) {
+    const int middle = (block + last + 1) / 2;
+    if (p.place[middle] <= row) {
+      block = middle;
+    } else {
+      last = middle - 1;
+    }
+  }
+  return block;
 }
 
 // Fills the noise table, by any number of threads.
@@ -92,6 +130,13 @@ __device__ __forceinline__ void fill_levels(float* levels, int thread, int threa
 
 __device__ __forceinline__ bool fires(const TransferJob& job, int force) {
   return force || job.state[kCounter] + job.increment >= int64_t(job.tile.transfer_every);
+}
+
+// Whether any of the jobs is due; all threads of a block ask together.
+__device__ __forceinline__ bool any_fires(const Predicate& predicate, int count) {
+  bool due = false;
+  for (int i = threadIdx.x; i < count; i += int(blockDim.x)) due |= fires(predicate.jobs[i], predicate.force);
+  return __syncthreads_or(due);
 }
 
 __device__ __forceinline__ float load(const Operand& v, int64_t at) {
@@ -124,7 +169,7 @@ __device__ __forceinline__ void load4(const Operand& v, int64_t at, int left, fl
   for (int k = 0; k < 4; ++k) value[k] = k < left ? load(v, at + k * v.es) : 0.0f;
 }
 
-// The first slots of a block's trains, by all kBlockSamples threads; returns the number of words.
+// The first slots of a block's trains, by all kBlockSamples threads (bl = 0 beyond its samples); returns the number of words.
 __device__ __forceinline__ int scan_trains(int bl, int& first) {
   __shared__ int sums[kBlockSamples / 32];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

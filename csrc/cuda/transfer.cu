@@ -50,8 +50,7 @@ __device__ void plan_term(const TransferJob& job, int q, bool residual, Term& te
   const float* a = static_cast<const float*>(job.a) + q;
   const float* b = static_cast<const float*>(job.b) + int64_t(q) * job.k;
   const float tau = float(job.tile.tau), granularity = job.visible.granularity;
-  const PulseParams pulse{int(job.tile.transfer_bl), int(job.tile.transfer_update_management),
-                          int(job.tile.transfer_update_bl_management)};
+  const PulseParams pulse = transfer_pulse(job.tile);
   const int cap = int(job.tile.max_words);
   const uint32_t x_max = lane_max(b, job.k, 1), d_max = lane_max(a, job.d, job.r);
   const int words = transfer_words(tau, x_max, d_max, granularity, pulse.desired_bl, cap);
@@ -87,7 +86,7 @@ __global__ void __launch_bounds__(kBlockSamples) plan_transfer(const DeviceTrans
   const DevicePulse& p = pulses[t.pulse];
   const bool residual = keeps_residual(t.job, force);
   for (int q = int(threadIdx.x / 32); q < t.job.r; q += kBlockSamples / 32) plan_term(t.job, q, residual, t.terms[q]);
-  for (int s = int(threadIdx.x); s < p.blocks * kBlockSamples; s += kBlockSamples) {
+  for (int s = int(threadIdx.x); s < p.blocks * p.samples; s += kBlockSamples) {
     p.trains[s] = Planned{0, 0.0f, 0.0f, 0};
     p.rows[s] = 0;
   }
@@ -109,11 +108,11 @@ __global__ void __launch_bounds__(kBlockSamples) plan_transfer(const DeviceTrans
   }
   __syncthreads();
   for (int block = 0; block < p.blocks; ++block) {
-    Planned& t = p.trains[block * kBlockSamples + threadIdx.x];
+    Planned* const t = int(threadIdx.x) < p.samples ? p.trains + block * p.samples + threadIdx.x : nullptr;
     int first;
-    const int words = scan_trains(t.bl, first);
-    t.first = first;
-    if (threadIdx.x == 0) p.words[block] = words;
+    const int words = scan_trains(t ? t->bl : 0, first);
+    if (t) t->first = first;
+    if (threadIdx.x == 0) p.words[block] = stream_rows(p, words);
   }
   __syncthreads();
   if (threadIdx.x < 32) place_blocks(p);
@@ -306,22 +305,21 @@ struct Layout {
   }
 
   static DevicePulse pulse_of(const TransferJob& job) {
-    DevicePulse p{};
-    p.job.w = static_cast<float*>(job.c);
-    p.job.cells = job.cells_c;
-    p.job.m = job.d;
-    p.job.n = job.k;
-    p.job.x = Operand{job.b, job.k, 1, kFloat32, 0};
-    p.job.d = Operand{job.a, 1, job.r, kFloat32, 0};
-    p.job.samples = int64_t(job.r) * int64_t(job.tile.max_words);
-    p.job.state = job.state;
-    p.job.counts = job.counts;
-    p.job.array = kC;
-    p.job.device = job.visible;
+    PulseJob target{};
+    target.w = static_cast<float*>(job.c);
+    target.cells = job.cells_c;
+    target.m = job.d;
+    target.n = job.k;
+    target.x = Operand{job.b, job.k, 1, kFloat32, 0};
+    target.d = Operand{job.a, 1, job.r, kFloat32, 0};
+    target.samples = int64_t(job.r) * int64_t(job.tile.max_words);
+    target.state = job.state;
+    target.counts = job.counts;
+    target.array = kC;
+    target.device = job.visible;
+    DevicePulse p = describe(target, transfer_pulse(job.tile));
     p.transfer = 1;
     p.eta_sign = float(job.tile.tau) < 0.0f ? 1.0f : -1.0f;  // C += tau A B is an update with learning rate -tau
-    p.blocks = int(blocks_of(p.job.samples, kBlockSamples));
-    p.block_words = kBlockSamples / 32 * int(job.tile.transfer_bl);
     return p;
   }
 };

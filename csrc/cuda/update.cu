@@ -56,17 +56,18 @@ __global__ void __launch_bounds__(kBlockSamples) plan_trains(const DevicePulse* 
   fill_levels(levels, int(blockIdx.x * kBlockSamples + threadIdx.x), int(gridDim.x * kBlockSamples));
   const DevicePulse& p = find_job(table, count, int64_t(blockIdx.x), &DevicePulse::first_plan_block);
   const int block = int(int64_t(blockIdx.x) - p.first_plan_block);
-  const int64_t s = int64_t(block) * kBlockSamples + threadIdx.x;
+  const bool mine = int(threadIdx.x) < p.samples;
+  const int64_t s = int64_t(block) * p.samples + threadIdx.x;
   Train train{0, 0.0f, 0.0f};
   bool finite = true;
-  if (s < p.job.samples)
+  if (mine && s < p.job.samples)
     train = plan_train(*p.job.eta, p.maxima[2 * s], p.maxima[2 * s + 1], p.job.device.granularity, p.job.pulse, finite);
   int first;
   const int words = scan_trains(train.bl, first);
-  p.trains[s] = Planned{train.bl, train.sx, train.sd, first};
+  if (mine) p.trains[s] = Planned{train.bl, train.sx, train.sd, first};
   const int bad = __syncthreads_count(!finite);
   if (threadIdx.x == 0) {
-    p.words[block] = words;
+    p.words[block] = stream_rows(p, words);
     if (bad) count_nonfinite(p.job.counts, p.job.state[kStep], bad);
   }
 }
@@ -88,10 +89,7 @@ struct Layout {
     levels = arena.take<float>(kNoiseLevels);
     for (const PulseJob& job : list) {
       if (job.samples == 0) continue;
-      DevicePulse p{};
-      p.job = job;
-      p.blocks = int(blocks_of(job.samples, kBlockSamples));
-      p.block_words = kBlockSamples / 32 * job.pulse.desired_bl;
+      DevicePulse p = describe(job, job.pulse);
       p.first_sample_warp = warps;
       p.first_plan_block = plans;
       warps += job.samples;

@@ -2,7 +2,8 @@
 
 Each function takes the arguments of the operator of that name (``ops/schema.py``) on the CPU. Nothing here is vectorised
 beyond one sample or one word of the pulse stream, so that a line can be held against the line of the specification it
-implements. `reference_random` has the random numbers, `reference_devices` the devices, `reference_cells` what they hold.
+implements. `reference_random` has the random numbers, `reference_pulses` the pulse trains, `reference_devices` the devices,
+`reference_cells` what they hold.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_lrtt._compiled import LAYOUT
 from lightning_lrtt.ops import reference_cells as cell
 from lightning_lrtt.ops import reference_devices as models
 from lightning_lrtt.ops import reference_random as rng
+from lightning_lrtt.ops.reference_pulses import Coincidences, Rules, Train, plan_train, tile_numbers, transfer_words
 from lightning_lrtt.ops.reference_random import f32
 from lightning_lrtt.ops.schema import (
-    BLOCK_SAMPLES,
     BLOCK_SEGMENTS,
     COUNTER,
     COUNTS,
@@ -49,10 +49,6 @@ def _largest(v: Tensor) -> float:
     return float(v.abs().max()) if bool(torch.isfinite(v).all()) else math.inf
 
 
-def _tile(hyper: Tensor) -> dict[str, float]:
-    return dict(zip(LAYOUT["tile"], hyper.tolist(), strict=False))
-
-
 def _lane_sum(v: Tensor, lanes: int) -> float:
     """Sum of a vector in float64: lane l adds the elements l, l + lanes, ...; the lanes are added along a tree."""
     padded = torch.zeros(-(-len(v) // lanes) * lanes, dtype=torch.float64)
@@ -65,71 +61,27 @@ def _lane_sum(v: Tensor, lanes: int) -> float:
     return float(lane)
 
 
-def plan_train(eta: float, x_max: float, d_max: float, granularity: float, bl: int, management: bool,
-               bl_management: bool) -> tuple[int, float, float]:
-    """Spec §5 for one sample: (BL, S_x, S_d), or BL = 0 where there is no update.
-
-    ``eta``, ``x_max``, ``d_max`` and ``granularity`` are float32 values.
-    """
-    if not all(map(math.isfinite, (eta, x_max, d_max))) or 0.0 in (eta, x_max, d_max):
-        return 0, 0.0, 0.0
-    lr = abs(eta)
-    kappa = lr * x_max * d_max / granularity
-    slots = min(max(math.ceil(kappa), 0), bl) if bl_management and kappa < bl else bl
-    if slots < 1:
-        return 0, 0.0, 0.0
-    s = math.sqrt(lr / (granularity * slots))
-    ratio = 1.0
-    if management:
-        ratio = math.sqrt(x_max / (d_max * (bl / kappa) if kappa > bl else d_max))
-    largest = torch.finfo(torch.float32).max  # an infinite scale would let a zero operand fire
-    return slots, _round(min(s / ratio, largest)), _round(min(s * ratio, largest))
-
-
-def transfer_words(tau: float, x_max: float, d_max: float, granularity: float, bl: int, cap: int) -> int:
-    """Words of one term of a transfer: ``min(ceil(kappa / BL), cap)``, at least one."""
-    if not (math.isfinite(x_max) and math.isfinite(d_max)):
-        return 1
-    words = abs(tau) * x_max * d_max / granularity / bl
-    return max(math.ceil(words), 1) if words < cap else cap
-
-
 def _deal(cells: Iterator[Tensor], hyper: Tensor, array: int) -> Tensor | None:
     """The next of ``cells`` if the cells of ``array`` hold more than the weight."""
     return next(cells) if planes(hyper, array) else None
 
 
-def _stream(v: Tensor, scales: list[float], trains: list[tuple[int, float, float]], key: int, step: int, first_sample: int,
-            c3: int) -> tuple[Tensor, Tensor]:
-    """Slots of a block end to end: which fire and where the firing operand is negative, ``[slots, elements]`` booleans."""
-    fired, negative = [], []
-    for s, (slots, _, _) in enumerate(trains):
-        if slots == 0:
-            continue
-        bits = rng.bernoulli(key, v[s].abs() * f32(scales[s]), slots, first_sample + s, step, c3)
-        fired.append(bits)
-        negative.append(torch.signbit(v[s]).expand_as(bits))
-    return torch.cat(fired), torch.cat(negative)
-
-
-def _apply_block(w: Tensor, held: Tensor | None, x: Tensor, d: Tensor, trains: list[tuple[int, float, float]],
-                 first_sample: int, descend: bool, state: Tensor, counts: Tensor, hyper: Tensor, array: int) -> None:
-    """Pulses of at most `BLOCK_SAMPLES` samples on w, slot after slot. ``descend``: a positive product lowers w."""
+def _apply_block(w: Tensor, held: Tensor | None, x: Tensor, d: Tensor, trains: list[Train], first_sample: int,
+                 descend: bool, state: Tensor, counts: Tensor, hyper: Tensor, array: int, rules: Rules) -> None:
+    """Pulses of one block of samples on w, slot after slot. ``descend``: a positive product lowers w."""
     if not any(train[0] for train in trains):
         return
     key, step = int(state[KEY]), int(state[STEP])
-    x_fired, x_negative = _stream(x, [t[1] for t in trains], trains, key, step, first_sample, rng.counter3(rng.BIT_X, array))
-    d_fired, d_negative = _stream(d, [t[2] for t in trains], trains, key, step, first_sample, rng.counter3(rng.BIT_D, array))
+    stream = Coincidences(x, d, trains, rules, key, step, first_sample, array)
     p = models.device_params(hyper, array == C)
     index = cell.index_of(w)
     own = [w] if held is None else list(held)  # views
     cells = [models.cells(p, key, array + plane * MINUS, index) for plane in range(len(own))]
     cut, touched = torch.zeros_like(w), torch.zeros(w.shape, dtype=torch.bool)
     before = torch.zeros(w.shape, dtype=torch.int64)  # pulses that a cell had in this segment
-    for word, start in enumerate(range(0, len(x_fired), 32)):
-        slots = slice(start, start + 32)
-        hit = d_fired[slots, :, None] & x_fired[slots, None, :]
-        up = (d_negative[slots, :, None] ^ x_negative[slots, None, :]) == descend
+    for word, start in enumerate(range(0, stream.slots, 32)):
+        hit, opposite = stream.word(start)
+        up = opposite == descend
         counts[COUNTS["pulses_a"] + array] += int(hit.sum())
         if word % SEGMENT_WORDS == 0:
             before.zero_()
@@ -137,9 +89,10 @@ def _apply_block(w: Tensor, held: Tensor | None, x: Tensor, d: Tensor, trains: l
         before += hit.sum(0)
         noise = torch.zeros(hit.shape)
         if p["dw_min_std"] > 0 and hit.any():
-            segment = first_sample // BLOCK_SAMPLES * BLOCK_SEGMENTS + word // SEGMENT_WORDS
+            segment = first_sample // rules.block_samples * BLOCK_SEGMENTS + word // SEGMENT_WORDS
             pulse = turn[hit]
-            words = rng.philox(key, index.expand_as(turn)[hit], segment * 256 + pulse // 8, step, rng.counter3(rng.NOISE, array))
+            words = rng.philox(key, index.expand_as(turn)[hit], segment % 2**24 * 256 + pulse // 8, step,
+                               rng.counter3(rng.NOISE, array, segment >> 24))
             word = words.gather(0, (pulse // 2 % 4)[None])[0]
             noise[hit] = p["dw_min_std"] * rng.noise(torch.where(pulse % 2 == 1, word >> 16, word & 0xFFFF))
         for slot in range(len(hit)):
@@ -158,7 +111,7 @@ def _apply_block(w: Tensor, held: Tensor | None, x: Tensor, d: Tensor, trains: l
     if len(own) == 2:
         w.copy_(torch.where(touched, own[0] - own[1], w))
     elif held is not None:
-        block = first_sample // BLOCK_SAMPLES
+        block = first_sample // rules.block_samples
         w.copy_(torch.where(touched, cell.shown(p, key, array, index, own[0], cell.BY_PULSES, block, step), w))
 
 
@@ -177,22 +130,20 @@ def pulsed_update_(w: list[Tensor], x: list[Tensor], d: list[Tensor], eta: list[
     for w_, x_, d_, eta_, state_, counts_, hyper_, array_, first in zip(w, x, d, eta, state, counts, hyper, array, first_sample,
                                                                       strict=True):
         held = _deal(given, hyper_, array_)
-        x_, d_, rate, tile = x_.float(), d_.float(), float(eta_), _tile(hyper_)
+        x_, d_, rate, rules = x_.float(), d_.float(), float(eta_), Rules.of_update(hyper_)
         granularity = float(models.device_params(hyper_, array_ == C)["granularity"])
-        bl = int(tile["desired_bl"])
         bad = 0
-        for s0 in range(0, len(x_), BLOCK_SAMPLES):
-            xs, ds = x_[s0 : s0 + BLOCK_SAMPLES], d_[s0 : s0 + BLOCK_SAMPLES]
+        for s0 in range(0, len(x_), rules.block_samples):
+            xs, ds = x_[s0 : s0 + rules.block_samples], d_[s0 : s0 + rules.block_samples]
             largest = [(_largest(xs[s]), _largest(ds[s])) for s in range(len(xs))]
             bad += sum(not all(map(math.isfinite, (rate, *pair))) for pair in largest)
-            trains = [plan_train(rate, x_max, d_max, granularity, bl, bool(tile["update_management"]),
-                                 bool(tile["update_bl_management"])) for x_max, d_max in largest]
-            _apply_block(w_, held, xs, ds, trains, first + s0, rate >= 0, state_, counts_, hyper_, array_)
+            trains = [plan_train(rate, x_max, d_max, granularity, rules) for x_max, d_max in largest]
+            _apply_block(w_, held, xs, ds, trains, first + s0, rate >= 0, state_, counts_, hyper_, array_, rules)
         _count_nonfinite(counts_, int(state_[STEP]), bad)
 
 
 def _transfer_digital(a: Tensor, b: Tensor, c: Tensor, held: Tensor | None, state: Tensor, hyper: Tensor) -> None:
-    tau, p, key = _tile(hyper)["tau"], models.device_params(hyper, True), int(state[KEY])
+    tau, p, key = tile_numbers(hyper)["tau"], models.device_params(hyper, True), int(state[KEY])
     if held is not None and not p["pair"]:  # it adds to what the cells hold, not to what a read shows
         c.copy_(held[0])
     total = torch.zeros_like(c)
@@ -205,15 +156,14 @@ def _transfer_digital(a: Tensor, b: Tensor, c: Tensor, held: Tensor | None, stat
 
 def _transfer_pulsed(a: Tensor, b: Tensor, c: Tensor, held: Tensor | None, state: Tensor, counts: Tensor, hyper: Tensor,
                      residual: bool) -> None:
-    tile, tau = _tile(hyper), _round(_tile(hyper)["tau"])
-    bl, cap = int(tile["transfer_bl"]), int(tile["max_words"])
+    tile, tau = tile_numbers(hyper), _round(tile_numbers(hyper)["tau"])
+    rules, cap = Rules.of_transfer(hyper), int(tile["max_words"])
     granularity = float(models.device_params(hyper, True)["granularity"])
     rows, trains = [], []
     for q in range(len(b)):
         x_max, d_max = _largest(b[q]), _largest(a[:, q])
-        words = transfer_words(tau, x_max, d_max, granularity, bl, cap)
-        train = plan_train(_round(tau / words), x_max, d_max, granularity, bl, bool(tile["transfer_update_management"]),
-                           bool(tile["transfer_update_bl_management"]))
+        words = transfer_words(tau, x_max, d_max, granularity, rules.bl, cap)
+        train = plan_train(_round(tau / words), x_max, d_max, granularity, rules)
         if not (math.isfinite(x_max) and math.isfinite(d_max)):
             _count_nonfinite(counts, int(state[STEP]), 1)
         if train[0]:
@@ -227,19 +177,19 @@ def _transfer_pulsed(a: Tensor, b: Tensor, c: Tensor, held: Tensor | None, state
                 counts[COUNTS["lost"]] += int(intended * (1.0 - share) * FIXED_POINT + 0.5)
         rows += [q] * words
         trains += [train] * words
-    for s0 in range(0, len(rows), BLOCK_SAMPLES):  # one sample of the stream for each word of each term
-        block = slice(s0, s0 + BLOCK_SAMPLES)
-        _apply_block(c, held, b[rows[block]], a.t()[rows[block]], trains[block], s0, tau < 0, state, counts, hyper, C)
+    for s0 in range(0, len(rows), rules.block_samples):  # one sample of the stream for each word of each term
+        block = slice(s0, s0 + rules.block_samples)
+        _apply_block(c, held, b[rows[block]], a.t()[rows[block]], trains[block], s0, tau < 0, state, counts, hyper, C, rules)
 
 
 def _residual(a: Tensor, b: Tensor, hyper: Tensor, q: int) -> Tensor:
     """What the words of term q could not express stays in A[:, q]."""
-    tile, tau = _tile(hyper), _round(_tile(hyper)["tau"])
-    bl, granularity = int(tile["transfer_bl"]), float(models.device_params(hyper, True)["granularity"])
+    tile, tau = tile_numbers(hyper), _round(tile_numbers(hyper)["tau"])
+    rules = Rules.of_transfer(hyper)._replace(management=True)
+    granularity = float(models.device_params(hyper, True)["granularity"])
     x_max, d_max = _largest(b[q]), _largest(a[:, q])
-    words = transfer_words(tau, x_max, d_max, granularity, bl, int(tile["max_words"]))
-    slots, _, sd = plan_train(_round(tau / words), x_max, d_max, granularity, bl, True,
-                              bool(tile["transfer_update_bl_management"]))
+    words = transfer_words(tau, x_max, d_max, granularity, rules.bl, int(tile["max_words"]))
+    slots, _, sd = plan_train(_round(tau / words), x_max, d_max, granularity, rules)
     if slots == 0 or _round(d_max * sd) <= _round(1.000001):
         return torch.zeros_like(a[:, q])
     over = a[:, q].abs() - f32(_round(1.0 / sd))
@@ -258,7 +208,7 @@ def _orthogonalise(b: Tensor, std: float) -> None:
 
 def _reinit(a: Tensor, b: Tensor, held: tuple[Tensor | None, Tensor | None], state: Tensor, hyper: Tensor,
             residual: bool) -> None:
-    tile, key, k, cycle = _tile(hyper), int(state[KEY]), b.shape[1], int(state[CYCLE])
+    tile, key, k, cycle = tile_numbers(hyper), int(state[KEY]), b.shape[1], int(state[CYCLE])
     std, p, orthogonal = f32(tile["reinit_std"]), models.device_params(hyper, False), int(tile["reinit"]) == _ORTHOGONAL
     index = cell.index_of(b)
 
@@ -290,7 +240,7 @@ def transfer_(a: list[Tensor], b: list[Tensor], c: list[Tensor], state: list[Ten
     """Ends an optimizer step; where a tile is due, C += tau A B and fresh factors."""
     given = iter(cells or ())
     for a_, b_, c_, state_, counts_, hyper_, increment in zip(a, b, c, state, counts, hyper, samples, strict=True):
-        tile = _tile(hyper_)
+        tile = tile_numbers(hyper_)
         held_a, held_b, held_c = (_deal(given, hyper_, array) for array in (A, B, C))
         counter = int(state_[COUNTER]) + increment
         if force or counter >= int(tile["transfer_every"]):

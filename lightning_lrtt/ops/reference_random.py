@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
-DRAW, REINIT, BIT_X, BIT_D, NOISE, DIFFUSION, WRITE_NOISE, RESET = range(1, 9)  # purposes
+DRAW, REINIT, BIT_X, BIT_D, NOISE, DIFFUSION, WRITE_NOISE, RESET, ROUND = range(1, 10)  # purposes
 DIRECT_SLOTS = 5  # up to here a slot takes one uniform, longer trains are sampled bit-sliced
 
 # csrc/math.h: log2 on [-0.25, 0.5), z/x by w - 3.5, z/x by sqrt(w) - 4; highest power first.
@@ -133,8 +133,24 @@ def exp(z: Tensor) -> Tensor:
     return p * from_bits((n.long() + 127) << 23)
 
 
-def bernoulli(key: int, p: Tensor, slots: int, sample: int, step: int, c3: int) -> Tensor:
+def on_grid(p: Tensor, res: float, words: Tensor | None) -> Tensor:
+    """float32 p as a multiple of ``res`` (0: as it is): the nearest, halves to even, or with ``words`` a random neighbour."""
+    if res == 0:
+        return p
+    steps = less(p, f32(2.0)) / f32(res)
+    level = steps.round() if words is None else steps.trunc() + (uniform(words) < steps - steps.trunc())
+    return level * f32(res)
+
+
+def bernoulli(key: int, p: Tensor, slots: int, sample: int, step: int, purpose: int, array: int) -> Tensor:
     """``[slots, elements]`` booleans: slot t of element j fires with probability p[j]; p >= 1 fires always."""
+    pieces = [_bernoulli(key, p, min(slots - begin, 32), sample, step, counter3(purpose, array, begin // 32))
+              for begin in range(0, slots, 32)]
+    return torch.cat(pieces)
+
+
+def _bernoulli(key: int, p: Tensor, slots: int, sample: int, step: int, c3: int) -> Tensor:
+    """At most 32 slots, one word of each element."""
     always = p >= 1.0
     threshold = torch.where(always, f32(0.0), p * 2.0**32).long()
     elements = torch.arange(len(p))

@@ -45,6 +45,12 @@ TRAINS = 4000
 SIGNIFICANCE = 1e-4
 SET_BEYOND_BOUNDS = ("reram_array_om", "reram_array_hfo2")  # see above
 RENAMED = {"allow_increasing": "allow_increasing_slope"}
+PULSE_TYPES = {
+    "StochasticCompressed": "stochastic_compressed",
+    "Stochastic": "stochastic",
+    "MeanCount": "mean_count",
+    "DeterministicImplicit": "deterministic_implicit",
+}
 
 
 @dataclass(frozen=True)
@@ -179,13 +185,27 @@ def cells(model: devices.Device, seed: int, array: int = C) -> dict[str, Tensor]
     }
 
 
+def config(entry: dict[str, Any]) -> PulseConfig:
+    """Our pulse trains of an entry; upstream's ``res`` is the grid of both sides."""
+    if "update" not in entry:
+        return PulseConfig(update_management=entry["um"], update_bl_management=entry["ublm"])
+    numbers = dict(entry["update"])
+    if "res" in numbers:
+        numbers["x_res"] = numbers["d_res"] = numbers.pop("res")
+    for side in ("x", "d"):
+        if f"{side}_res_implicit" in numbers:
+            numbers[f"{side}_res"] = numbers.pop(f"{side}_res_implicit")
+    if "pulse_type" in numbers:
+        numbers["pulse_type"] = PULSE_TYPES[numbers["pulse_type"]]
+    return PulseConfig(**numbers)
+
+
 def trains(entry: dict[str, Any], x: list[float], d: list[float]) -> list[list[float]]:
     """`aihwkit_statistics.trains` of ours."""
     spread = {"dw_min_dtod": 0.0, "up_down_dtod": 0.0, "w_max_dtod": 0.0, "w_min_dtod": 0.0}
     model: devices.PulsedDevice = devices.SoftBounds(dw_min=0.001, **spread)
     if entry["kind"] == "pulses":
         model = devices.Ideal(dw_min=1.0, w_max=1e6, w_min=-1e6)
-    config = PulseConfig(update_management=entry["um"], update_bl_management=entry["ublm"])
     w = [torch.zeros(len(d), len(x)) for _ in range(TRAINS)]
     torch.ops.lrtt.pulsed_update_(
         w,
@@ -194,7 +214,7 @@ def trains(entry: dict[str, Any], x: list[float], d: list[float]) -> list[list[f
         [torch.tensor(entry["kappa"] * model.dw_min)] * TRAINS,
         [fresh_state(1)] * TRAINS,
         [fresh_counts()] * TRAINS,
-        [pack(visible_device=model, pulse=config)] * TRAINS,
+        [pack(visible_device=model, pulse=config(entry))] * TRAINS,
         [2] * TRAINS,
         [512 * i for i in range(TRAINS)],
     )
@@ -315,6 +335,31 @@ def compare_trains(table: dict[str, Any], name: str, limit: float = 4.0) -> list
     return rows
 
 
+def compare_updates(table: dict[str, Any], name: str, limit: float = 4.0) -> list[Row]:
+    """The other pulse trains: lengths, grids, types. Where nothing is left to chance, the counts must be equal."""
+    entry, x, d = table["updates"][name], table["grid"]["x_other"], table["grid"]["d_other"]
+    pairs = list(zip(entry["moments"], trains(entry, x, d), strict=True))
+    del pairs[len(x) - 1]  # as in compare_trains
+    return scores("dW", pairs, limit)
+
+
+def compare_exact(table: dict[str, Any], name: str) -> list[Row]:
+    """none_with_device: both sides' weights are -lr d x^T, clipped to the bounds that they drew; errors of float32."""
+    entry, x, d = table["exact"][name], torch.tensor(table["grid"]["x_other"]), torch.tensor(table["grid"]["d_other"])
+    step = -entry["rate"] * torch.outer(d, x).double()
+    bounds = [torch.tensor(entry[key], dtype=torch.float64).view_as(step) for key in ("min_bound", "max_bound")]
+    theirs = torch.tensor(entry["weights"], dtype=torch.float64).view_as(step)
+    hyper = pack(visible_device=devices.SoftBounds(w_max_dtod=0.1, w_min_dtod=0.1))
+    w, rate = torch.zeros(step.shape), torch.tensor(entry["rate"], dtype=torch.float64)
+    torch.ops.lrtt.digital_update_([w], [torch.outer(d, x)], [rate], [fresh_state(1)], [fresh_counts()], [1.0])
+    torch.ops.lrtt.clip_(w, fresh_state(1), hyper, 2, True)
+    top, low = torch.ops.lrtt.draw_cells(fresh_state(1), hyper, 2, *step.shape)[:2].double()
+    return [
+        Row("theirs", float((theirs - step.clamp(*bounds)).abs().max()), 1e-6),
+        Row("ours", float((w - step.clamp(low, top)).abs().max()), 1e-6),
+    ]
+
+
 def compare_relaxation(table: dict[str, Any]) -> list[Row]:
     """Decay and diffusion."""
     return [ks("weights: KS", table["relaxation"], table["made"]["cells"], relaxation(table["grid"]["leaky"]))]
@@ -373,6 +418,10 @@ def report(table: dict[str, Any]) -> str:
         mean, variance = (_cell(row) for row in compare_trains(table, name)[:2])
         on = " + ".join(n for n, flag in (("update", entry["um"]), ("BL", entry["ublm"])) if flag) or "none"
         lines.append(f"| {entry['kind']} | {entry['kappa']:g} | {on} | {mean} | {variance} |")
+    lines += ["", "| other trains | kappa 3.2: mean, variance | kappa 20 | kappa 80 |", "|---|---|---|---|"]
+    for name in {name.rpartition("-")[0]: None for name in table["updates"]}:
+        found = [compare_updates(table, f"{name}-{load}") for load in table["grid"]["kappas"]]
+        lines.append(f"| {name} | " + " | ".join(f"{_cell(mean)}, {_cell(variance)}" for mean, variance in found) + " |")
     row = compare_relaxation(table)[0]
     again = compare_reset(table)[0]
     lines += ["", f"Decay and diffusion, five steps: KS {_cell(row)}, limit {row.limit:.4f}. Reset with probability "

@@ -4,6 +4,8 @@ Runs in an environment that has aihwkit, not this package, in about two minutes 
 
     OMP_NUM_THREADS=1 python tests/peers/aihwkit_statistics.py tests/peers/aihwkit_statistics.json
 
+Names of sections behind it (``made grid updates exact``) make those anew and leave the others as they are.
+
 aihwkit 1.2.0 is a source distribution. On Debian, with libopenblas-dev installed:
 
     python -m venv aihw && export PATH=$PWD/aihw/bin:$PATH
@@ -22,6 +24,8 @@ import dataclasses
 import json
 import platform
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import aihwkit
@@ -136,6 +140,40 @@ LIST = 32768  # normals in the list of a tile's generator
 WEIGHT_QUANTILES, CELL_QUANTILES = 199, 19
 X, D = (1.0, 0.5, 0.2, -0.7), (1.0, -0.5, 0.2)
 KAPPAS = {"light": 3.2, "medium": 20.0, "saturated": 80.0}
+# Other trains, by the names of UpdateParameters; managements are on unless said. Neither these operands nor the grids put
+# a probability or a count on a half, where one ulp would decide about a pulse.
+X_OTHER, D_OTHER = (1.0, 0.45, 0.2, -0.7), (1.0, -0.45, 0.2)
+_UNFIXED = {"fixed_bl": False, "update_bl_management": False}
+UPDATES: dict[str, dict[str, Any]] = {
+    "stochastic": {"pulse_type": "Stochastic"},
+    "long": {"desired_bl": 100},
+    "grid": {"res": 1 / 7},
+    "grid_random": {"res": 1 / 7, "sto_round": True},
+    "early_cut": {"um_grad_scale": 0.3},
+    "late_cut": {"um_grad_scale": 2.0, "update_bl_management": False},
+    "unfixed": {**_UNFIXED, "update_management": False},
+    "unfixed_um": _UNFIXED,
+    "mean_count": {"pulse_type": "MeanCount"},
+    "mean_count_no_ublm": {"pulse_type": "MeanCount", "update_bl_management": False},
+    "mean_count_unfixed": {"pulse_type": "MeanCount", **_UNFIXED, "update_management": False},
+    "mean_count_grid": {"pulse_type": "MeanCount", "res": 1 / 7},
+    "mean_count_random": {"pulse_type": "MeanCount", "res": 1 / 7, "sto_round": True},
+    "implicit": {"pulse_type": "DeterministicImplicit"},
+    "implicit_no_um": {
+        "pulse_type": "DeterministicImplicit",
+        "update_management": False,
+        "update_bl_management": False,
+    },
+    "implicit_grid": {"pulse_type": "DeterministicImplicit", "x_res_implicit": 1 / 7, "d_res_implicit": 1 / 6},
+    "implicit_random": {
+        "pulse_type": "DeterministicImplicit",
+        "x_res_implicit": 1 / 7,
+        "d_res_implicit": 1 / 6,
+        "sto_round": True,
+    },
+}
+# Floating point on a device: the operands' exact product, once inside the bounds and once beyond most of them.
+EXACT_RATES = {"inside": 0.05, "beyond": 1.5}
 TRAINS = 10_000
 
 
@@ -156,17 +194,13 @@ def make(name: str, quiet: bool = False, seed: int = 1) -> Any:
     return device
 
 
-def tile(device: Any, rows: int, columns: int, bl: int = 1, um: bool = False, ublm: bool = False) -> AnalogTile:
+def tile(device: Any, rows: int, columns: int, bl: int = 1, um: bool = False, ublm: bool = False,
+         **other: Any) -> AnalogTile:
     """A tile; by default every update with |x| = |d| = 1 is one pulse: one slot, and lr = 1 makes p_x, p_d > 1."""
-    update = UpdateParameters(
-        desired_bl=bl,
-        fixed_bl=True,
-        update_management=um,
-        update_bl_management=ublm,
-        pulse_type=PulseType.STOCHASTIC_COMPRESSED,
-    )
+    parameters = {"desired_bl": bl, "fixed_bl": True, "update_management": um, "update_bl_management": ublm} | other
+    parameters["pulse_type"] = PulseType(parameters.get("pulse_type", "StochasticCompressed"))
     config = UnitCellRPUConfig if isinstance(device, OneSidedUnitCell) else SingleRPUConfig
-    analog = AnalogTile(rows, columns, config(device=device, update=update))
+    analog = AnalogTile(rows, columns, config(device=device, update=UpdateParameters(**parameters)))
     analog.set_learning_rate(1.0)
     return analog
 
@@ -264,8 +298,8 @@ def cells(name: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def trains(kind: str, kappa: float, um: bool, ublm: bool) -> list[list[float]]:
-    """Moments of the change of every cell, row after row, by one outer product of `X` and `D` from weight 0.
+def trains(kind: str, kappa: float, x: tuple[float, ...], d: tuple[float, ...], **update: Any) -> list[list[float]]:
+    """Moments of the change of every cell, row after row, by one outer product of ``x`` and ``d`` from weight 0.
 
     ``kind``: ``pulses``, steps of exactly 1 that count pulses; ``soft``, noisy SoftBounds without spread.
     """
@@ -276,15 +310,37 @@ def trains(kind: str, kappa: float, um: bool, ublm: bool) -> list[list[float]]:
         device, g = devices.SoftBoundsDevice(dw_min=0.001, **quiet), 0.001
     change = []
     for _ in range(TILES):
-        analog = tile(device, len(D), len(X), 31, um, ublm)
+        analog = tile(device, len(d), len(x), **{"bl": 31, **update})
         analog.set_learning_rate(kappa * g)
-        x, d, zero = torch.tensor([X]), torch.tensor([D]), torch.zeros(len(D), len(X))
+        x_row, d_row, zero = torch.tensor([x]), torch.tensor([d]), torch.zeros(len(d), len(x))
         for _ in range(TRAINS // TILES):
             analog.set_weights(zero)
-            analog.update(x, d)
+            analog.update(x_row, d_row)
             change.append(weights(analog))
     stacked = np.stack(change).reshape(len(change), -1)
     return [moments(stacked[:, i], np.inf if kind == "pulses" else TILES) for i in range(stacked.shape[1])]
+
+
+def spelled(update: dict[str, Any]) -> dict[str, Any]:
+    """``update`` with the managements by the short names of `tile`."""
+    short = {"update_management": "um", "update_bl_management": "ublm", "desired_bl": "bl"}
+    return {short.get(key, key): value for key, value in update.items()}
+
+
+def exact(rate: float) -> dict[str, Any]:
+    """Weights of SoftBounds after one update in floating point that is clipped to the bounds, and those bounds."""
+    device = devices.SoftBoundsDevice(construction_seed=1, w_max_dtod=0.1, w_min_dtod=0.1)
+    analog = tile(device, len(D_OTHER), len(X_OTHER), pulse_type="NoneWithDevice")
+    analog.set_weights(torch.zeros(len(D_OTHER), len(X_OTHER)))
+    analog.set_learning_rate(rate)
+    analog.update(torch.tensor([X_OTHER]), torch.tensor([D_OTHER]))
+    drawn = analog.get_hidden_parameters()
+    return {
+        "rate": rate,
+        "weights": weights(analog).flatten().tolist(),
+        "max_bound": drawn["max_bound"].flatten().tolist(),
+        "min_bound": drawn["min_bound"].flatten().tolist(),
+    }
 
 
 def relaxation() -> list[float]:
@@ -314,49 +370,91 @@ def defaults(device: Any) -> dict[str, Any]:
     }
 
 
-def table() -> dict[str, Any]:
-    """Everything."""
-    torch.set_num_threads(1)
-    result: dict[str, Any] = {
-        "made": {
-            "by": "python tests/peers/aihwkit_statistics.py tests/peers/aihwkit_statistics.json",
-            "aihwkit": aihwkit.__version__,
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-            "construction_seed": f"1 to {TILES}; weights and relaxation: 1",
-            "pulse_seed": "the clock",
-            "pulses": TILES * SIDE**2,
-            "cells": 256**2,
-            "trains": TRAINS // TILES * TILES,
-        },
-        "grid": {"weights": WEIGHTS, "x": X, "d": D, "kappas": KAPPAS, "leaky": LEAKY, "reset": RESET,
-                 "reset_probability": RESET_PROBABILITY},
-        "relaxation": relaxation(),
-        "reset": reset(),
-        "defaults": {
-            kind: defaults(OneSidedUnitCell() if kind == "OneSided" else getattr(devices, kind + "Device")())
-            for kind in sorted({k for k, _ in CASES.values()})
-        },
-        "trains": {
-            f"{kind}-{load}-{'um' if um else 'no_um'}-{'ublm' if ublm else 'no_ublm'}": {
-                "kind": kind,
-                "kappa": kappa,
-                "um": um,
-                "ublm": ublm,
-                "moments": trains(kind, kappa, um, ublm),
-            }
-            for kind in ("pulses", "soft")
-            for load, kappa in KAPPAS.items()
-            # update_bl_management alone does not exist there: it turns update_management on
-            for um, ublm in ((False, False), (True, False), (True, True))
-        },
-        "cases": {},
+def made() -> dict[str, Any]:
+    """Where the numbers come from."""
+    return {
+        "by": "python tests/peers/aihwkit_statistics.py tests/peers/aihwkit_statistics.json",
+        "aihwkit": aihwkit.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "construction_seed": f"1 to {TILES}; weights, relaxation and exact: 1",
+        "pulse_seed": "the clock",
+        "pulses": TILES * SIDE**2,
+        "cells": 256**2,
+        "trains": TRAINS // TILES * TILES,
     }
+
+
+def grid() -> dict[str, Any]:
+    """The operands of all statistics."""
+    return {
+        "weights": WEIGHTS,
+        "x": X,
+        "d": D,
+        "kappas": KAPPAS,
+        "leaky": LEAKY,
+        "reset": RESET,
+        "reset_probability": RESET_PROBABILITY,
+        "x_other": X_OTHER,
+        "d_other": D_OTHER,
+    }
+
+
+def all_defaults() -> dict[str, Any]:
+    """Numbers of every model as it comes."""
+    return {
+        kind: defaults(OneSidedUnitCell() if kind == "OneSided" else getattr(devices, kind + "Device")())
+        for kind in sorted({k for k, _ in CASES.values()})
+    }
+
+
+def update_defaults() -> dict[str, Any]:
+    """UpdateParameters as they come."""
+    update = UpdateParameters()
+    return {f.name: getattr(update, f.name) for f in dataclasses.fields(update)} | {"pulse_type": update.pulse_type.value}
+
+
+def all_trains() -> dict[str, Any]:
+    """The common pulse train under its managements."""
+    return {
+        f"{kind}-{load}-{'um' if um else 'no_um'}-{'ublm' if ublm else 'no_ublm'}": {
+            "kind": kind,
+            "kappa": kappa,
+            "um": um,
+            "ublm": ublm,
+            "moments": trains(kind, kappa, X, D, um=um, ublm=ublm),
+        }
+        for kind in ("pulses", "soft")
+        for load, kappa in KAPPAS.items()
+        # update_bl_management alone does not exist there: it turns update_management on
+        for um, ublm in ((False, False), (True, False), (True, True))
+    }
+
+
+def all_updates() -> dict[str, Any]:
+    """The other pulse trains."""
+    noisy = ("mean_count", "implicit_random", "unfixed")
+    return {
+        f"{kind}-{name}-{load}": {
+            "kind": kind,
+            "kappa": kappa,
+            "update": update,
+            "moments": trains(kind, kappa, X_OTHER, D_OTHER, **{"um": True, "ublm": True, **spelled(update)}),
+        }
+        for name, update in UPDATES.items()
+        for kind in (("pulses", "soft") if name in noisy else ("pulses",))
+        for load, kappa in KAPPAS.items()
+    }
+
+
+def all_cases() -> dict[str, Any]:
+    """Every device and preset."""
+    result = {}
     for name in (*CASES, *PRESETS):
         sys.stderr.write(f"{name}\n")
         binding = make(name).as_bindings(SingleRPUConfig().runtime.data_type)
-        result["cases"][name] = {
+        result[name] = {
             "device": "preset" if name in PRESETS else CASES[name][0],
             "numbers": defaults(make(name)) if name in PRESETS else CASES[name][1],
             "granularity": binding.calc_weight_granularity(),
@@ -366,8 +464,28 @@ def table() -> dict[str, Any]:
             "weights": walk(name),
         }
         if getattr(make(name), "write_noise_std", 0.0) > 0:
-            result["cases"][name]["write_noise"] = write_noise(name)
+            result[name]["write_noise"] = write_noise(name)
     return result
+
+
+SECTIONS: dict[str, Callable[[], Any]] = {
+    "made": made,
+    "grid": grid,
+    "relaxation": relaxation,
+    "reset": reset,
+    "defaults": all_defaults,
+    "update_defaults": update_defaults,
+    "trains": all_trains,
+    "updates": all_updates,
+    "exact": lambda: {name: exact(rate) for name, rate in EXACT_RATES.items()},
+    "cases": all_cases,
+}
+
+
+def table(old: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Everything; with ``names``, those sections anew and the others as in ``old``."""
+    torch.set_num_threads(1)
+    return {key: make_section() if key in names or not names else old[key] for key, make_section in SECTIONS.items()}
 
 
 def compact(value: Any) -> Any:
@@ -390,5 +508,6 @@ def lines(value: dict[str, Any], depth: int) -> str:
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1], "w") as file:
-        file.write(lines(compact(table()), 2) + "\n")
+    path = Path(sys.argv[1])
+    found = json.loads(path.read_text()) if sys.argv[2:] else {}
+    path.write_text(lines(compact(table(found, sys.argv[2:])), 2) + "\n")
