@@ -71,6 +71,7 @@ def run(steps: int, captured: bool, **kwargs: Any) -> dict[str, torch.Tensor]:
             with torch.cuda.graph(graph):
                 step()
             replay = graph.replay
+        side.wait_stream(torch.cuda.current_stream())  # x and beta are written there
         with torch.cuda.stream(side if index < 3 else torch.cuda.current_stream()):
             replay()
         torch.cuda.synchronize()

@@ -188,7 +188,7 @@ def test_too_many_blocks_are_refused():
     """Blocks of one sample (the longest trains): their numbers would not fit the noise counter of the CUDA kernels."""
     hyper = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds(), pulse=PulseConfig(desired_bl=15872)).pack(1)
     state, counts = (t.cuda() for t in state_and_counts())
-    w, x, d, eta = (torch.ones(*shape, device="cuda") for shape in ((1, 1), (2, 1), (2, 1), ()))
+    w, x, d, eta = (torch.ones(shape, device="cuda") for shape in ((1, 1), (2, 1), (2, 1), ()))
     with pytest.raises(ValueError, match="at most 2097152 in one step"):
         torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [0], [2**21])
     torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [0], [2**21 - 512])

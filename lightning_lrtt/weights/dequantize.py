@@ -63,7 +63,7 @@ def dequantize_into(
     if rows is None:
         matrix.copy_(values)
     else:
-        matrix.index_copy_(0, rows, values.to(matrix.dtype))
+        matrix.index_copy_(0, rows, values.to(matrix))
     return out
 
 
