@@ -40,7 +40,7 @@ def index_of(w: Tensor) -> Tensor:
 
 def into_bounds(c: Cells, w: Tensor) -> Tensor:
     """w, clipped."""
-    return more(less(w, c.b_max), c.b_min)
+    return more(less(w + 0.0, c.b_max), c.b_min)  # no negative zero
 
 
 def shown(p: Params, key: int, array: int, index: Tensor, w: Tensor, event: int, c1: int, c2: int) -> Tensor:
