@@ -278,6 +278,7 @@ def fit_differently(workers: int, what: str) -> None:
 
 def fit_and_look(workers: int) -> dict[str, Any]:
     """A fit, and what it left behind."""
+    os.environ["OMP_NUM_THREADS"] = "2"  # otherwise Lightning's launcher sets the number, before the strategy sees it
     torch.set_num_threads(2)
     before, original = torch.get_num_threads(), LRTTDDPStrategy.teardown
     seconds = []
