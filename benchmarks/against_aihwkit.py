@@ -90,8 +90,14 @@ def own_cases(size: int, rank: int) -> dict[str, Run]:
     from lightning_lrtt.nn import LRTTLinear
 
     soft = devices.SoftBounds()
-    config = LRTTConfig(rank=rank, transfer_every=1, fast_device=soft, visible_device=soft, transfer_max_words=1,
-                        pulse=PulseConfig(desired_bl=31))
+    config = LRTTConfig(
+        rank=rank,
+        transfer_every=1,
+        fast_device=soft,
+        visible_device=soft,
+        transfer_max_words=1,
+        pulse=PulseConfig(desired_bl=31),
+    )
     cases: dict[str, Run] = {}
     for batch in (32, 128):
         layer, o = LRTTLinear(size, size, bias=False, config=config), operands(size, rank, batch)
@@ -99,8 +105,15 @@ def own_cases(size: int, rank: int) -> dict[str, Run]:
 
         def update(layer: Any = layer, o: dict[str, torch.Tensor] = o, eta: torch.Tensor = eta) -> None:
             torch.ops.lrtt.pulsed_update_(
-                [layer.A.detach(), layer.B.detach()], [o["xb"], o["x"]], [o["d"], o["da"]], [eta, eta],
-                [layer.tile_state] * 2, [layer.tile_counts] * 2, [layer.hyper] * 2, [0, 1], [0, 0],
+                [layer.A.detach(), layer.B.detach()],
+                [o["xb"], o["x"]],
+                [o["d"], o["da"]],
+                [eta, eta],
+                [layer.tile_state] * 2,
+                [layer.tile_counts] * 2,
+                [layer.hyper] * 2,
+                [0, 1],
+                [0, 0],
             )
 
         cases[f"update of A and B, batch {batch}"] = update
@@ -110,15 +123,25 @@ def own_cases(size: int, rank: int) -> dict[str, Run]:
         with torch.no_grad():
             tile.A.copy_(o["a"])
             tile.B.copy_(o["b"])
-        torch.ops.lrtt.transfer_([tile.A.detach()], [tile.B.detach()], [tile.matrix], [tile.tile_state],
-                                 [tile.tile_counts], [tile.hyper], [1], False)
+        torch.ops.lrtt.transfer_(
+            [tile.A.detach()],
+            [tile.B.detach()],
+            [tile.matrix],
+            [tile.tile_state],
+            [tile.tile_counts],
+            [tile.hyper],
+            [1],
+            False,
+        )
 
     cases["transfer"] = transfer
 
     every = LRTTConfig(rank=rank, transfer_every=32, fast_device=soft, visible_device=soft)
     o = operands(size, rank, 128)
-    for name, layer, kind in (("step, batch 128", LRTTLinear(size, size, config=every), LRTT),
-                              ("nn.Linear", torch.nn.Linear(size, size), torch.optim.SGD)):
+    for name, layer, kind in (
+        ("step, batch 128", LRTTLinear(size, size, config=every), LRTT),
+        ("nn.Linear", torch.nn.Linear(size, size), torch.optim.SGD),
+    ):
         optimizer, x = kind(layer.parameters(), lr=LR), o["x"].clone().requires_grad_()
 
         def step(layer: Any = layer, optimizer: Any = optimizer, x: torch.Tensor = x, d: torch.Tensor = o["d"]) -> None:
@@ -153,8 +176,12 @@ def main() -> None:
     if args.aihwkit is None:
         parser.error("--aihwkit must name a Python that has aihwkit")
     own = own_cases(args.size, args.rank)
-    peer = subprocess.Popen([args.aihwkit, __file__, "--serve", "--size", str(args.size), "--rank", str(args.rank)],
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    peer = subprocess.Popen(
+        [args.aihwkit, __file__, "--serve", "--size", str(args.size), "--rank", str(args.rank)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert peer.stdin is not None and peer.stdout is not None
 
     def ask(case: str) -> float:

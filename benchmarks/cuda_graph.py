@@ -79,8 +79,14 @@ def lightning(config: LRTTConfig, scope: str | None, options: argparse.Namespace
     """One round through the Trainer."""
     clock = Clock()
     graphs = [] if scope is None else [CUDAGraph(scope=scope, on_failure="raise")]  # type: ignore[arg-type]
-    trainer = pl.Trainer(strategy=LRTTStrategy(config=config), accelerator="gpu", devices=1, max_epochs=1,
-                         barebones=True, callbacks=[clock, *graphs])
+    trainer = pl.Trainer(
+        strategy=LRTTStrategy(config=config),
+        accelerator="gpu",
+        devices=1,
+        max_epochs=1,
+        barebones=True,
+        callbacks=[clock, *graphs],
+    )
     if options.batch <= 256:
         data = torch.randn(options.batch * (SKIP + STEPS), options.width)
         loader: Any = DataLoader(TensorDataset(data), batch_size=options.batch)

@@ -59,8 +59,18 @@ class PulsedSGD(LRTT):
 
     @staticmethod
     def _pulse_visible(tile: TileModule, x: Tensor, d: Tensor, eta: Tensor, first: int) -> None:
-        torch.ops.lrtt.pulsed_update_([tile.matrix], [x], [d], [eta], [tile.tile_state], [tile.tile_counts],
-                                      [tile.hyper], [C], [first], tile.cells(C))
+        torch.ops.lrtt.pulsed_update_(
+            [tile.matrix],
+            [x],
+            [d],
+            [eta],
+            [tile.tile_state],
+            [tile.tile_counts],
+            [tile.hyper],
+            [C],
+            [first],
+            tile.cells(C),
+        )
 
 
 class PulsedSGDStrategy(LRTTStrategy):
@@ -86,8 +96,12 @@ def run(row: str, seed: int, lr: float | None, epochs: int | None, stage: str, f
     config = yaml.safe_load((ROOT / "examples" / "digits" / file).read_text())
     trainer = config["trainer"]
     trainer["callbacks"] = [c for c in trainer["callbacks"] if c["class_path"].endswith("ModelCheckpoint")]
-    trainer |= {"logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-                "default_root_dir": folder}
+    trainer |= {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+    }
     config |= {"seed_everything": seed, "test_after_fit": stage == "test"}
     if "strategy" in trainer:
         trainer["strategy"]["init_args"]["config"]["seed"] = seed
@@ -113,8 +127,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--presets", nargs="*", default=None, choices=list(presets.DEVICES), metavar="NAME",
-                        help="instead of --rows, A, B and C on the devices of these presets; without names: of all")
+    parser.add_argument(
+        "--presets",
+        nargs="*",
+        default=None,
+        choices=list(presets.DEVICES),
+        metavar="NAME",
+        help="instead of --rows, A, B and C on the devices of these presets; without names: of all",
+    )
     parser.add_argument("--search", action="store_true", help="choose lr from the grid by validation accuracy first")
     parser.add_argument("--epochs", type=int, default=None, help="instead of the configurations' own")
     parser.add_argument("--output", type=Path, default=None, help="also write the table here")

@@ -202,9 +202,7 @@ def gpu() -> None:
                 _, step = two_phase(kind, order, t1, t2, "cuda")
                 eager = milliseconds(step)
                 captured = milliseconds(capture(step))
-                print(
-                    f"| {kind}, {order} {t1}/{t2}, matmul {precision} | {eager:.3f} | {captured:.3f} |"
-                )
+                print(f"| {kind}, {order} {t1}/{t2}, matmul {precision} | {eager:.3f} | {captured:.3f} |")
     module = GeometricModule(system=GeometricRetrieval(), estimator=Estimator(kind="positive", beta=0.1)).cuda()
     x, y = torch.randn(8, 8, device="cuda"), torch.arange(8, device="cuda")
 
@@ -214,9 +212,7 @@ def gpu() -> None:
 
     eager = milliseconds(window, 10)
     captured = milliseconds(capture(window))
-    print(
-        f"| geometric, two windows of 64 steps, B = 8, n = 8, memory 2048 | {eager:.2f} | {captured:.3f} |"
-    )
+    print(f"| geometric, two windows of 64 steps, B = 8, n = 8, memory 2048 | {eager:.2f} | {captured:.3f} |")
 
 
 def main() -> None:

@@ -36,7 +36,9 @@ class LoRA(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
-def make_steps(module: nn.Module, optimizer: torch.optim.Optimizer, size: int, samples: int, scale: float) -> list[Step]:
+def make_steps(
+    module: nn.Module, optimizer: torch.optim.Optimizer, size: int, samples: int, scale: float
+) -> list[Step]:
     """One eager step per gradient of the ring."""
     x = (2 * torch.rand(samples, size, device="cuda") - 1).requires_grad_(True)
     steps = []
@@ -96,7 +98,9 @@ def main() -> None:
         return module, torch.optim.AdamW(trained, lr=1e-3, fused=True, capturable=True)
 
     def lrtt(device: devices.Device | None) -> tuple[nn.Module, torch.optim.Optimizer]:
-        config = LRTTConfig(rank=args.rank, transfer_every=args.transfer_every, fast_device=device, visible_device=device)
+        config = LRTTConfig(
+            rank=args.rank, transfer_every=args.transfer_every, fast_device=device, visible_device=device
+        )
         module = LRTTLinear(args.size, args.size, bias=False, config=config, device="cuda")
         return module, LRTT(module.parameters(), lr=0.1)
 
@@ -110,8 +114,10 @@ def main() -> None:
         "LR-TT pulsed, heavy": (lambda: lrtt(soft), 0.1),
         "LR-TT pulsed, heavy, no cycle-to-cycle noise": (lambda: lrtt(quiet), 0.1),
     }
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {build_info()['cuda_architectures']}, "
-          f"{args.size}x{args.size}, {args.samples} samples, r = {args.rank}, T = {args.transfer_every}\n")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {build_info()['cuda_architectures']}, "
+        f"{args.size}x{args.size}, {args.samples} samples, r = {args.rank}, T = {args.transfer_every}\n"
+    )
     print("| training | ms a step | / dense |\n|---|---|---|")
     dense = None
     for name, (build, scale) in rows.items():

@@ -78,8 +78,18 @@ def train(model: Any, config: Any, workers: int, plain: bool, rows: int, steps: 
 
     data = TensorDataset(torch.randn(batch, *model.shape), torch.randint(10, (batch,)))
     loader = DataLoader(data, batch_size=batch // workers if plain else batch, drop_last=True)
-    trainer = pl.Trainer(accelerator="cpu", devices=workers, strategy=strategy, max_steps=steps, max_epochs=-1, logger=False,
-                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[clock, Look()])
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=workers,
+        strategy=strategy,
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[clock, Look()],
+    )
     trainer.fit(model, loader)
     pairs = list(zip(clock.marks[2:], clock.marks[3:], strict=False))
     return statistics.median([b - a for a, b in pairs]) if pairs else 0.0, seen
@@ -120,17 +130,32 @@ def main() -> None:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(work, (workers, port, args.rounds, args.steps, args.bytes, folder), nprocs=workers)
+            torch.multiprocessing.spawn(
+                work, (workers, port, args.rounds, args.steps, args.bytes, folder), nprocs=workers
+            )
             ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(workers)]
         if args.bytes:
-            report += [{"workers": workers, "layer": "4096x4096, r=8", "mode": name, **sizes} for name, sizes in ranks[0]]
+            report += [
+                {"workers": workers, "layer": "4096x4096, r=8", "mode": name, **sizes} for name, sizes in ranks[0]
+            ]
             continue
         for name in ("conv", "transformer", "mlp"):
-            total = {plain: [sum(t) for t in zip(*([r[2] for r in own if r[:2] == [name, plain]] for own in ranks), strict=True)]
-                     for plain in (True, False)}
+            total = {
+                plain: [
+                    sum(t) for t in zip(*([r[2] for r in own if r[:2] == [name, plain]] for own in ranks), strict=True)
+                ]
+                for plain in (True, False)
+            }
             ratios = [b / a for a, b in zip(total[True], total[False], strict=True)]
-            report.append({"model": name, "workers": workers, "ddp_ms": 1e3 * statistics.median(total[True]),
-                           "lrtt_ddp_ms": 1e3 * statistics.median(total[False]), "ratio": round(statistics.median(ratios), 3)})
+            report.append(
+                {
+                    "model": name,
+                    "workers": workers,
+                    "ddp_ms": 1e3 * statistics.median(total[True]),
+                    "lrtt_ddp_ms": 1e3 * statistics.median(total[False]),
+                    "ratio": round(statistics.median(ratios), 3),
+                }
+            )
     if not args.bytes:
         torch.set_num_threads(1)
         report.append(tree_kernel())

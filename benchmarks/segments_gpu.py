@@ -57,7 +57,9 @@ class Block(nn.Module):
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, 4, 4 * width, 0.1, batch_first=True, norm_first=True) for _ in range(layers))
+            nn.TransformerEncoderLayer(width, 4, 4 * width, 0.1, batch_first=True, norm_first=True)
+            for _ in range(layers)
+        )
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -70,10 +72,15 @@ class Block(nn.Module):
 def network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     """A network and one sample's shape."""
     if name == "conv":
+
         def stage(a: int, b: int) -> list[nn.Module]:
             return [nn.Conv2d(a, b, 3, padding=1, stride=2), nn.BatchNorm2d(b), nn.ReLU()]
 
-        return nn.Sequential(*stage(3, 32), *stage(32, 64), *stage(64, 64), nn.Flatten(), nn.Linear(64 * 16, 10)), (3, 32, 32)
+        return nn.Sequential(*stage(3, 32), *stage(32, 64), *stage(64, 64), nn.Flatten(), nn.Linear(64 * 16, 10)), (
+            3,
+            32,
+            32,
+        )
     if name == "transformer":
         return Block(128, 2), (16, 128)
     return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Dropout(0.1), nn.Linear(512, 10)), (256,)
@@ -104,7 +111,9 @@ def digest(module: nn.Module) -> str:
     return sha.hexdigest()[:16]
 
 
-def train(name: str, config: LRTTConfig | None, workers: int, accelerator: str, rows: int, steps: int, plain: bool = False) -> dict[str, Any]:
+def train(
+    name: str, config: LRTTConfig | None, workers: int, accelerator: str, rows: int, steps: int, plain: bool = False
+) -> dict[str, Any]:
     """One fit in this worker; ``plain``: with Lightning's DDP, each worker a share of the batch."""
     warnings.simplefilter("ignore")
     pl.seed_everything(1, verbose=False)
@@ -116,18 +125,42 @@ def train(name: str, config: LRTTConfig | None, workers: int, accelerator: str, 
     else:
         strategy = LRTTDDPStrategy(config=config, timeout=60) if config else LRTTDDPStrategy(exclude=["*"], timeout=60)
     generator = torch.Generator().manual_seed(0)
-    data = TensorDataset(torch.randn(2 * batch, *model.shape, generator=generator), torch.randint(10, (2 * batch,), generator=generator))
+    data = TensorDataset(
+        torch.randn(2 * batch, *model.shape, generator=generator), torch.randint(10, (2 * batch,), generator=generator)
+    )
     loader = DataLoader(data, batch_size=batch // workers if plain else batch, drop_last=True)
-    trainer = pl.Trainer(accelerator=accelerator, devices=workers, strategy=strategy, max_steps=steps, max_epochs=-1, logger=False,
-                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[clock])
+    trainer = pl.Trainer(
+        accelerator=accelerator,
+        devices=workers,
+        strategy=strategy,
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[clock],
+    )
     trainer.fit(model, loader)
-    return {"model": name, "tiles": "none" if config is None else "pulsed" if config.is_pulsed else "digital", "workers": workers,
-            "strategy": "ddp" if plain else "lrtt_ddp", "digest": digest(model),
-            "ms": 1e3 * statistics.median(clock.seconds[len(clock.seconds) // 3 :])}
+    return {
+        "model": name,
+        "tiles": "none" if config is None else "pulsed" if config.is_pulsed else "digital",
+        "workers": workers,
+        "strategy": "ddp" if plain else "lrtt_ddp",
+        "digest": digest(model),
+        "ms": 1e3 * statistics.median(clock.seconds[len(clock.seconds) // 3 :]),
+    }
 
 
-CASES = [("mlp", None), ("conv", None), ("transformer", None), ("mlp", DIGITAL), ("mlp", PULSED), ("conv", PULSED),
-         ("transformer", PULSED)]
+CASES = [
+    ("mlp", None),
+    ("conv", None),
+    ("transformer", None),
+    ("mlp", DIGITAL),
+    ("mlp", PULSED),
+    ("conv", PULSED),
+    ("transformer", PULSED),
+]
 
 
 def work(rank: int, workers: int, port: int, accelerator: str, rows: int, steps: int, folder: str) -> None:
@@ -151,8 +184,12 @@ def tree_kernel(size: int = 10_000_000) -> dict[str, Any]:
     slots = [torch.randn(size, device=device) for _ in range(12)]
     out, target = torch.empty(size, device=device), torch.empty(size, device=device)
     options: dict[str, Any] = {"dtype": torch.float64, "device": device}
-    ones, scale, stats, none = (torch.ones(12, **options), torch.full((1,), 1 / 12, **options), torch.zeros(12, 2, **options),
-                                torch.zeros(0, **options))
+    ones, scale, stats, none = (
+        torch.ones(12, **options),
+        torch.full((1,), 1 / 12, **options),
+        torch.zeros(12, 2, **options),
+        torch.zeros(0, **options),
+    )
     program = sum_program((tree(12),))
 
     def adds() -> None:
@@ -161,9 +198,12 @@ def tree_kernel(size: int = 10_000_000) -> dict[str, Any]:
             out.add_(slot)
         out.mul_(1 / 12)
 
-    runs = {"fused": lambda: torch.ops.lrtt.segment_sum_([out], slots, ones, scale, none, program, False),
-            "fused_with_norms": lambda: torch.ops.lrtt.segment_sum_([out], slots, ones, scale, stats, program, False),
-            "torch": adds, "copy": lambda: target.copy_(slots[0])}
+    runs = {
+        "fused": lambda: torch.ops.lrtt.segment_sum_([out], slots, ones, scale, none, program, False),
+        "fused_with_norms": lambda: torch.ops.lrtt.segment_sum_([out], slots, ones, scale, stats, program, False),
+        "torch": adds,
+        "copy": lambda: target.copy_(slots[0]),
+    }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(11):
         for name, function in runs.items():
@@ -174,7 +214,11 @@ def tree_kernel(size: int = 10_000_000) -> dict[str, Any]:
             if device == "cuda":
                 torch.cuda.synchronize()
             times[name].append(1e3 * (time.perf_counter() - start))
-    return {"kernel_ms": {name: statistics.median(t[1:]) for name, t in times.items()}, "floats": size, "device": device}
+    return {
+        "kernel_ms": {name: statistics.median(t[1:]) for name, t in times.items()},
+        "floats": size,
+        "device": device,
+    }
 
 
 def main() -> None:
@@ -194,7 +238,9 @@ def main() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        torch.multiprocessing.spawn(work, (workers, port, args.accelerator, args.rows, args.steps, args.folder), nprocs=workers)
+        torch.multiprocessing.spawn(
+            work, (workers, port, args.accelerator, args.rows, args.steps, args.folder), nprocs=workers
+        )
         for rank in range(workers):
             results += json.loads((Path(args.folder) / f"{workers}.{rank}.json").read_text())
     failed = False
@@ -203,12 +249,26 @@ def main() -> None:
         tiles = "none" if config is None else "pulsed" if config.is_pulsed else "digital"
         seen = {r["digest"] for r in results if r.get("model") == name and r["tiles"] == tiles and "timing" not in r}
         failed |= len(seen) != 1
-        out(json.dumps({"model": name, "tiles": tiles, "workers": counts, "digests": sorted(seen), "same": len(seen) == 1}) + "\n")
+        out(
+            json.dumps(
+                {"model": name, "tiles": tiles, "workers": counts, "digests": sorted(seen), "same": len(seen) == 1}
+            )
+            + "\n"
+        )
     for workers in counts:
         for name in ("conv", "transformer"):
-            ms = {s: min(r["ms"] for r in results if r.get("timing") and (r["model"], r["workers"], r["strategy"]) == (name, workers, s))
-                  for s in ("ddp", "lrtt_ddp")}
-            out(json.dumps({"model": name, "workers": workers, "ms": ms, "ratio": round(ms["lrtt_ddp"] / ms["ddp"], 3)}) + "\n")
+            ms = {
+                s: min(
+                    r["ms"]
+                    for r in results
+                    if r.get("timing") and (r["model"], r["workers"], r["strategy"]) == (name, workers, s)
+                )
+                for s in ("ddp", "lrtt_ddp")
+            }
+            out(
+                json.dumps({"model": name, "workers": workers, "ms": ms, "ratio": round(ms["lrtt_ddp"] / ms["ddp"], 3)})
+                + "\n"
+            )
     out(json.dumps(results[0]) + "\n")
     if args.json:
         Path(args.json).write_text(json.dumps(results))

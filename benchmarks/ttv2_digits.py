@@ -74,8 +74,10 @@ def main() -> None:
         start = time.perf_counter()
         values = [accuracy(preset, seed) for seed in range(args.seeds)]
         seconds = (time.perf_counter() - start) / args.seeds
-        print(f"| {preset} | {statistics.median(values):.4f} | {min(values):.4f} | {max(values):.4f} | {seconds:.0f} |",
-              flush=True)
+        print(
+            f"| {preset} | {statistics.median(values):.4f} | {min(values):.4f} | {max(values):.4f} | {seconds:.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

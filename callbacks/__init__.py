@@ -14,5 +14,10 @@ from lightning_lrtt.callbacks.pretrained_init import PretrainedInit
 from lightning_lrtt.callbacks.tile_monitor import TileMonitor
 
 __all__ = [
-    "CUDAGraph", "FreeNudgedMonitor", "MemoryCleanup", "PretrainedInit", "TileMonitor", "default_callbacks",
+    "CUDAGraph",
+    "FreeNudgedMonitor",
+    "MemoryCleanup",
+    "PretrainedInit",
+    "TileMonitor",
+    "default_callbacks",
 ]

@@ -33,8 +33,9 @@ def step_reasons(trainer: pl.Trainer, module: pl.LightningModule, device: torch.
     if hooks := silent_hooks(trainer, module):
         reasons.append(f"{', '.join(hooks)} would run at the capture and then go silent; do it in on_train_batch_end")
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        reasons.append("precision '16-mixed': the GradScaler reads on the host whether gradients are finite; use "
-                       "'bf16-mixed'")
+        reasons.append(
+            "precision '16-mixed': the GradScaler reads on the host whether gradients are finite; use 'bf16-mixed'"
+        )
     if torch.is_anomaly_enabled():
         reasons.append("Trainer(detect_anomaly=True) reads every gradient on the host")
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
@@ -44,8 +45,9 @@ def step_reasons(trainer: pl.Trainer, module: pl.LightningModule, device: torch.
     if trainer.world_size > 1:
         reasons.append(f"{trainer.world_size} workers: their communication is not recorded")
     if trainer.accumulate_grad_batches > 1 and is_overridden("optimizer_step", module):
-        reasons.append("optimizer_step is overridden, and under accumulate_grad_batches it would be called for every "
-                       "micro-batch")
+        reasons.append(
+            "optimizer_step is overridden, and under accumulate_grad_batches it would be called for every micro-batch"
+        )
     reasons += [reason for optimizer in trainer.optimizers if (reason := _optimizer_reason(optimizer, device))]
     return reasons
 

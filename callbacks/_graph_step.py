@@ -39,7 +39,8 @@ from lightning_lrtt.nn import find_tiles
 # Python numbers that Lightning hands out and that change from step to step.
 _FROZEN = {
     owner.__dict__[name].fget.__code__: f"{owner.__name__}.{name}"
-    for owner in (LightningModule, Trainer) for name in ("current_epoch", "global_step")
+    for owner in (LightningModule, Trainer)
+    for name in ("current_epoch", "global_step")
 }
 _IGNORED = frozenset({"_current_fx_name", "training"})
 
@@ -58,9 +59,17 @@ class StepGraphs:
         give_up: Called with reasons that concern every step; leaves the scope.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, recorder: Recorder | None,
-                 form: DeviceForm | None, options: Options, events: Events, timer: PhaseTimer | None,
-                 give_up: Callable[[list[str]], None]) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        recorder: Recorder | None,
+        form: DeviceForm | None,
+        options: Options,
+        events: Events,
+        timer: PhaseTimer | None,
+        give_up: Callable[[list[str]], None],
+    ) -> None:
         self._trainer, self._module, self._recorder, self._form = trainer, module, recorder, form
         self._options, self._events, self._timer, self._give_up = options, events, timer, give_up
         self._device = trainer.strategy.root_device
@@ -72,14 +81,19 @@ class StepGraphs:
         self._chain: tuple[Hashable, ...] | None = None  # keys of this window's micro-batches so far, all from graphs
         self._tiles = list(find_tiles(module).values())
         metrics = metric_names(module)
-        self._watched = {name: child for name, child in module.named_modules()
-                         if name not in metrics and not any(name.startswith(m + ".") for m in metrics)}
+        self._watched = {
+            name: child
+            for name, child in module.named_modules()
+            if name not in metrics and not any(name.startswith(m + ".") for m in metrics)
+        }
         digital = self._lrtt.digital if self._lrtt is not None else self._optimizer
         self._hook = digital.register_load_state_dict_post_hook(lambda _: self.clear())
         self._stock_transfer = not any(
             is_overridden(hook, owner)
-            for owner in (module, trainer.datamodule) if owner is not None  # type: ignore[attr-defined]
-            for hook in ("transfer_batch_to_device", "on_after_batch_transfer"))
+            for owner in (module, trainer.datamodule)
+            if owner is not None  # type: ignore[attr-defined]
+            for hook in ("transfer_batch_to_device", "on_after_batch_transfer")
+        )
         self._modules = list(self._watched.values())
         # Looked up anew at every step, since a buffer may be replaced; not in modules that own nothing.
         self._owned = [d for m in self._modules for d in (m._parameters, m._buffers) if d]
@@ -193,13 +207,22 @@ class StepGraphs:
             self._hyper_changes = self._hyper_changes + 1 if self._hyper is not None else 0
             self._hyper = hyper
             if self._hyper_changes == 2:
-                self._leave(["hyperparameters of the optimizer other than lr change from step to step, and a graph "
-                             "freezes them (OneCycleLR, CyclicLR: cycle_momentum=False)"])
+                self._leave(
+                    [
+                        "hyperparameters of the optimizer other than lr change from step to step, and a graph "
+                        "freezes them (OneCycleLR, CyclicLR: cycle_momentum=False)"
+                    ]
+                )
         elif self._hyper_changes < 2:
             self._hyper_changes = 0
         tensors = self._tensors()
-        now = (self._trainer.accumulate_grad_batches, hyper, [t.data_ptr() for t in tensors],
-               [t.requires_grad for t in tensors], [m.training for m in self._modules])
+        now = (
+            self._trainer.accumulate_grad_batches,
+            hyper,
+            [t.data_ptr() for t in tensors],
+            [t.requires_grad for t in tensors],
+            [m.training for m in self._modules],
+        )
         if now != self._now[1]:  # a short number to hash instead of a long list
             known = [number for number, other in self._circumstances_seen if other == now]
             if not known:
@@ -239,8 +262,10 @@ class StepGraphs:
 
         result = self._eager(look)
         reasons = [str(finding) for finding in finder.findings]
-        reasons += [f"{name} changes in the step: change it in place if it is a tensor, or in on_train_batch_start"
-                    for name in state.changes()]
+        reasons += [
+            f"{name} changes in the step: change it in place if it is a tensor, or in on_train_batch_start"
+            for name in state.changes()
+        ]
         if reasons:
             self._leave(reasons)
         self._warmed = True
@@ -261,11 +286,18 @@ class StepGraphs:
         if result is None or result.loss is None:
             raise ValueError("training_step returned None")
         if not plain(result.extra):
-            raise ValueError("training_step returns other things than tensors beside the loss, which a graph would "
-                             "repeat for ever")
+            raise ValueError(
+                "training_step returns other things than tensors beside the loss, which a graph would repeat for ever"
+            )
         grads = [(p, p.grad) for group in self._optimizer.param_groups for p in group["params"]]
-        return Outputs(result.loss, detached(result.extra), tape, grads,
-                       [(tile.latch, held_by(tile.latch)) for tile in self._tiles], closure._zero_grad_fn is not None)
+        return Outputs(
+            result.loss,
+            detached(result.extra),
+            tape,
+            grads,
+            [(tile.latch, held_by(tile.latch)) for tile in self._tiles],
+            closure._zero_grad_fn is not None,
+        )
 
     def _record(self, entry: Entry, closure: Any, run: Callable[[], Any]) -> bool:
         """Capture the step; True if it ran as a graph, False if it had to be run eagerly."""
@@ -331,8 +363,9 @@ class StepGraphs:
 
     # -------------------------------------------------------------- parity
 
-    def _eager_twin(self, closure: Any, run: Callable[[], Any],
-                    undo: Callable[[], None]) -> tuple[StateCopy, list[Tensor]]:
+    def _eager_twin(
+        self, closure: Any, run: Callable[[], Any], undo: Callable[[], None]
+    ) -> tuple[StateCopy, list[Tensor]]:
         """The results of the step taken eagerly; afterwards everything is as before it."""
         assert self._recorder is not None
         copy = StateCopy(self._state(), self._device)

@@ -27,8 +27,10 @@ class Deferred:
         self.value: Any = None
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"the value of {self.source} may only be logged in a recorded training_step: metrics run after "
-                        "every replay, outside the graph")
+        raise TypeError(
+            f"the value of {self.source} may only be logged in a recorded training_step: metrics run after "
+            "every replay, outside the graph"
+        )
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = __neg__ = _refuse
     __float__ = __int__ = __bool__ = __getitem__ = __iter__ = __len__ = __lt__ = __gt__ = __le__ = __ge__ = _refuse
@@ -111,8 +113,14 @@ class Tape:
             value = value.detach().clone()
         elif isinstance(value, numbers.Number):
             raise TypeError(f"self.log({name!r}) is given a Python number, which a graph would repeat for ever")
-        self.entries.append(Entry(self.module.__class__.log.__get__(self.module), (name, value, *args), kwargs,
-                                  self.module._current_fx_name))
+        self.entries.append(
+            Entry(
+                self.module.__class__.log.__get__(self.module),
+                (name, value, *args),
+                kwargs,
+                self.module._current_fx_name,
+            )
+        )
 
     def _write_log_dict(self, dictionary: Any, *args: Any, **kwargs: Any) -> None:
         if isinstance(dictionary, (Deferred, MetricCollection)):

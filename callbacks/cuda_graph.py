@@ -61,9 +61,17 @@ class CUDAGraph(Callback):
         'CUDAGraph'
     """
 
-    def __init__(self, scope: Literal["step", "optimizer"] = "step", warmup: int = 3, max_graphs: int = 4,
-                 on_failure: Literal["eager", "raise"] = "eager", parity_steps: int = 0, timing: bool = False,
-                 find_syncs: bool = True, every_n_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        scope: Literal["step", "optimizer"] = "step",
+        warmup: int = 3,
+        max_graphs: int = 4,
+        on_failure: Literal["eager", "raise"] = "eager",
+        parity_steps: int = 0,
+        timing: bool = False,
+        find_syncs: bool = True,
+        every_n_steps: int | None = None,
+    ) -> None:
         name = "CUDAGraph"
         _check.choice(name, "scope", scope, ("step", "optimizer"))
         _check.choice(name, "on_failure", on_failure, ("eager", "raise"))
@@ -155,8 +163,10 @@ class CUDAGraph(Callback):
         if self._recorder is None:
             self._events.because(f"device {device} has no CUDA graphs; every step is eager")
             if self._options.on_failure == "raise":
-                raise MisconfigurationException(f"CUDAGraph: the device must be a CUDA device, got {device}; use "
-                                                "accelerator='gpu' or on_failure='eager'")
+                raise MisconfigurationException(
+                    f"CUDAGraph: the device must be a CUDA device, got {device}; use "
+                    "accelerator='gpu' or on_failure='eager'"
+                )
         elif self.timing:
             self._timer = PhaseTimer(self._recorder.mark)
         if self.scope == "optimizer":
@@ -168,8 +178,16 @@ class CUDAGraph(Callback):
             return
         optimizer = trainer.optimizers[0]
         form = DeviceForm(optimizer.digital if isinstance(optimizer, LRTT) else optimizer, device)
-        self._steps = StepGraphs(trainer, pl_module, self._recorder, form if self._recorder is not None else None,
-                                 self._options, self._events, self._timer, self._fall)
+        self._steps = StepGraphs(
+            trainer,
+            pl_module,
+            self._recorder,
+            form if self._recorder is not None else None,
+            self._options,
+            self._events,
+            self._timer,
+            self._fall,
+        )
         trainer.strategy.executor = self._steps  # type: ignore[attr-defined]
 
     @override
@@ -206,8 +224,10 @@ class CUDAGraph(Callback):
             for reason in reasons:
                 self._events.because(f"whole steps are not recorded: {reason}")
             if self._options.on_failure == "raise":
-                raise MisconfigurationException(f"CUDAGraph: whole steps cannot be recorded: {'; '.join(reasons)}; use "
-                                                "scope='optimizer' or on_failure='eager'")
+                raise MisconfigurationException(
+                    f"CUDAGraph: whole steps cannot be recorded: {'; '.join(reasons)}; use "
+                    "scope='optimizer' or on_failure='eager'"
+                )
         if self._steps is not None:
             trainer.strategy.executor = None  # type: ignore[attr-defined]
             self._steps.close()
@@ -216,8 +236,14 @@ class CUDAGraph(Callback):
             return
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, LRTT) and optimizer.tiles():
-                graphs = TileGraphs(self._recorder, self._options.warmup, self._options.max_graphs, self._watched,
-                                    self._on_tiles, self._options.on_failure)
+                graphs = TileGraphs(
+                    self._recorder,
+                    self._options.warmup,
+                    self._options.max_graphs,
+                    self._watched,
+                    self._on_tiles,
+                    self._options.on_failure,
+                )
                 optimizer.runner = graphs
                 self._tiles.append((optimizer, graphs))
         if self._tiles:
@@ -247,8 +273,9 @@ class CUDAGraph(Callback):
                 logger.experiment.add_text("graph/reasons", reason, self._now(trainer))
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and not trainer.fit_loop._should_accumulate() and (self._now(trainer) + 1) % every == 0:
             self._write(trainer)

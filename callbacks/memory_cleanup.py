@@ -72,16 +72,18 @@ class MemoryCleanup(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(threshold=self.threshold, min_unused=self.min_unused,
-                                        every_n_steps=self.every_n_steps)
+        return self._generate_state_key(
+            threshold=self.threshold, min_unused=self.min_unused, every_n_steps=self.every_n_steps
+        )
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._looked = _stepped(trainer)
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = _stepped(trainer)
         if step + 1 - self._looked < self.every_n_steps or trainer.fit_loop._should_accumulate():
             return
@@ -94,8 +96,14 @@ class MemoryCleanup(Callback):
         after = self.measure(device)
         freed = 0.0 if after is None else (before.reserved - after.reserved) / 2**20
         self.cleanups += 1
-        log.info("MemoryCleanup: step %d, %.0f MiB handed back to %s (%.0f of %.0f MiB reserved were in use)", step,
-                 freed, device, before.allocated / 2**20, before.reserved / 2**20)
+        log.info(
+            "MemoryCleanup: step %d, %.0f MiB handed back to %s (%.0f of %.0f MiB reserved were in use)",
+            step,
+            freed,
+            device,
+            before.allocated / 2**20,
+            before.reserved / 2**20,
+        )
         for logger in trainer.loggers:
             logger.log_metrics({"memory/freed_MiB": freed, "memory/cleanups": float(self.cleanups)}, step=step)
 

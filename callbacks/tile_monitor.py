@@ -67,8 +67,9 @@ class TileMonitor(Callback):
         "TileMonitor{'every_n_steps': 10}"
     """
 
-    def __init__(self, every_n_steps: int | None = None, trace: bool = False, curvature: float = 1.0,
-                 device_plots: bool = False) -> None:
+    def __init__(
+        self, every_n_steps: int | None = None, trace: bool = False, curvature: float = 1.0, device_plots: bool = False
+    ) -> None:
         if every_n_steps is not None:
             _check.integer("TileMonitor", "every_n_steps", every_n_steps, low=1)
         _check.number("TileMonitor", "curvature", curvature, above=0.0)
@@ -184,8 +185,9 @@ class TileMonitor(Callback):
     # -------------------------------------------------------------- a logging step
 
     @override
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any,
-                             batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         every = self.every_n_steps or trainer.log_every_n_steps
         # The rule of Lightning's logger connector. With accumulation every micro-batch of the step is watched.
         done = trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -224,8 +226,9 @@ class TileMonitor(Callback):
         self._values |= {f"tile/{name}/at_bounds_{array}": value for array, value in statistics.at_bounds(tile).items()}
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any,
-                           batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if not self._armed or trainer.fit_loop._should_accumulate():
             return
         for name, tile in self._tiles.items():
@@ -252,7 +255,7 @@ class TileMonitor(Callback):
         on_device = torch.cat([torch.stack([self._values[tag] for tag in tags]), counters.double()])
         host = torch.empty(on_device.shape, dtype=torch.float64)
         values = host.copy_(on_device).tolist()
-        rows = values[len(tags):]
+        rows = values[len(tags) :]
         size = len(COUNTS)
         counts = {name: [int(v) for v in rows[i * size : (i + 1) * size]] for i, name in enumerate(self._tiles)}
         return dict(zip(tags, values, strict=False)), counts

@@ -9,7 +9,7 @@
 #include "cpu/barrier.h"
 #include "cpu/kernels.h"
 #ifdef LRTT_WITH_CUDA
-#include "cuda/kernels.h"
+#  include "cuda/kernels.h"
 #endif
 
 void bind_io(pybind11::module_& m);  // bindings_io.cpp
@@ -48,8 +48,9 @@ PulseJob pulse_job(const py::tuple& t) {
                           " must have a device to take pulses; give the config a " +
                           (j.array == kC ? "visible_device" : "fast_device"));
   if (j.pulse.type >= kNone)
-    throw py::value_error("lrtt::pulsed_update_: pulse_type must be a pulsed one, got none or none_with_device; those are "
-                          "digital_update_");
+    throw py::value_error(
+        "lrtt::pulsed_update_: pulse_type must be a pulsed one, got none or none_with_device; those are "
+        "digital_update_");
   return j;
 }
 
@@ -78,22 +79,26 @@ TransferJob transfer_job(const py::tuple& t) {
 
 // (w, grad, size, is_double, scale, lr, state, counts)
 cpu::DigitalJob digital_job(const py::tuple& t) {
-  return {pointer<void>(t[0]),         pointer<const void>(t[1]),   t[2].cast<int64_t>(),
-          t[3].cast<bool>(),           t[4].cast<double>(),         pointer<const double>(t[5]),
-          pointer<const int64_t>(t[6]), pointer<int64_t>(t[7])};
+  return {pointer<void>(t[0]), pointer<const void>(t[1]),   t[2].cast<int64_t>(),         t[3].cast<bool>(),
+          t[4].cast<double>(), pointer<const double>(t[5]), pointer<const int64_t>(t[6]), pointer<int64_t>(t[7])};
 }
 
 // (eta, grad, first, size, scale, lr)
 cpu::ScaleJob scale_job(const py::tuple& t) {
-  return {pointer<float>(t[0]),  pointer<const float>(t[1]), pointer<const float>(t[2]),
+  return {pointer<float>(t[0]), pointer<const float>(t[1]), pointer<const float>(t[2]),
           t[3].cast<int64_t>(), t[4].cast<double>(),        pointer<const double>(t[5])};
 }
 
 // (state, hyper, array, m, n, w, cells)
 cpu::CellsJob cells_job(const py::tuple& t) {
   const int array = t[2].cast<int>();
-  return {pointer<const int64_t>(t[0]), device_params(pointer<const double>(t[1]), (array & ~int(kMinus)) == kC), array,
-          t[3].cast<int>(), t[4].cast<int>(), pointer<float>(t[5]), pointer<float>(t[6])};
+  return {pointer<const int64_t>(t[0]),
+          device_params(pointer<const double>(t[1]), (array & ~int(kMinus)) == kC),
+          array,
+          t[3].cast<int>(),
+          t[4].cast<int>(),
+          pointer<float>(t[5]),
+          pointer<float>(t[6])};
 }
 
 // (first, last, share, number)
@@ -109,7 +114,8 @@ struct Segments {
 };
 
 // (jobs: [(slots, out, size, is_double)], program: [(adds, emit)], weights, scale, stats, redo)
-Segments segments(const py::list& jobs, const py::list& program, uintptr_t weights, uintptr_t scale, uintptr_t stats, bool redo) {
+Segments segments(const py::list& jobs, const py::list& program, uintptr_t weights, uintptr_t scale, uintptr_t stats,
+                  bool redo) {
   Segments s{};
   s.call.weights = reinterpret_cast<const double*>(weights);
   s.call.scale = reinterpret_cast<const double*>(scale);
@@ -215,8 +221,7 @@ PYBIND11_MODULE(_C, m) {
   const auto scratch = [](uintptr_t p) { return reinterpret_cast<void*>(p); };
   m.def("pulsed_update_cpu_bytes", [](const py::list& list) {
     size_t most = 0;
-    for (const PulseJob& j : all(list, pulse_job))
-      most = std::max(most, cpu::workspace_bytes(j.m, j.n, j.pulse));
+    for (const PulseJob& j : all(list, pulse_job)) most = std::max(most, cpu::workspace_bytes(j.m, j.n, j.pulse));
     return most;
   });
   m.def("transfer_cpu_bytes", [](const py::list& list) {
@@ -226,8 +231,7 @@ PYBIND11_MODULE(_C, m) {
         most = std::max(most, cpu::workspace_bytes(j.d, j.k, transfer_pulse(j.tile)));
     return most;
   });
-  for (const char* name : {"reinit_cpu_bytes", "digital_update_cpu_bytes", "pulse_scale_cpu_bytes",
-                           "relax_cpu_bytes"})
+  for (const char* name : {"reinit_cpu_bytes", "digital_update_cpu_bytes", "pulse_scale_cpu_bytes", "relax_cpu_bytes"})
     m.def(name, [](const py::list&) { return 0; });
   m.def("pulsed_update_cpu", [=](const py::list& jobs, uintptr_t workspace, int threads) {
     launch(jobs, pulse_job, [&](auto& j) { cpu::pulsed_update(j, scratch(workspace), threads); });
@@ -247,10 +251,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("relax_cpu", [](const py::list& jobs, uintptr_t, int threads) {
     launch(jobs, cells_job, [&](auto& j) { cpu::relax(j, threads); });
   });
-  m.def("segment_sum_cpu_bytes", [](const py::list& jobs, const py::list& program, uintptr_t w, uintptr_t scale, uintptr_t stats,
-                                    bool redo) { return cpu::workspace_bytes(segments(jobs, program, w, scale, stats, redo).call); });
-  m.def("segment_sum_cpu", [=](const py::list& jobs, const py::list& program, uintptr_t w, uintptr_t scale, uintptr_t stats,
-                               bool redo, uintptr_t workspace, int threads) {
+  m.def("segment_sum_cpu_bytes",
+        [](const py::list& jobs, const py::list& program, uintptr_t w, uintptr_t scale, uintptr_t stats, bool redo) {
+          return cpu::workspace_bytes(segments(jobs, program, w, scale, stats, redo).call);
+        });
+  m.def("segment_sum_cpu", [=](const py::list& jobs, const py::list& program, uintptr_t w, uintptr_t scale,
+                               uintptr_t stats, bool redo, uintptr_t workspace, int threads) {
     const Segments s = segments(jobs, program, w, scale, stats, redo);
     py::gil_scoped_release unlocked;
     cpu::segment_sum(s.call, scratch(workspace), threads);
@@ -269,7 +275,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("pulsed_update_cuda_bytes", [](const py::list& jobs) { return cuda::workspace_bytes(all(jobs, pulse_job)); });
   m.def("transfer_cuda_bytes", [](const py::list& jobs) { return cuda::workspace_bytes(all(jobs, transfer_job)); });
   m.def("reinit_cuda_bytes", [](const py::list& jobs) { return cuda::workspace_bytes(all(jobs, transfer_job)); });
-  m.def("digital_update_cuda_bytes", [](const py::list& jobs) { return cuda::workspace_bytes(all(jobs, digital_job)); });
+  m.def("digital_update_cuda_bytes",
+        [](const py::list& jobs) { return cuda::workspace_bytes(all(jobs, digital_job)); });
   m.def("pulse_scale_cuda_bytes", [](const py::list& jobs) { return cuda::workspace_bytes(all(jobs, scale_job)); });
   m.def("pulsed_update_cuda", [=](const py::list& jobs, uintptr_t workspace, uintptr_t stream) {
     launch(jobs, pulse_job, [&](auto& j) { cuda::pulsed_update(j, scratch(workspace), scratch(stream)); });
@@ -290,10 +297,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("relax_cuda", [=](const py::list& jobs, uintptr_t workspace, uintptr_t stream) {
     launch(jobs, cells_job, [&](auto& j) { cuda::relax(j, scratch(workspace), scratch(stream)); });
   });
-  m.def("segment_sum_cuda_bytes", [](const py::list& jobs, const py::list& program, uintptr_t w, uintptr_t scale, uintptr_t stats,
-                                     bool redo) { return cuda::workspace_bytes(segments(jobs, program, w, scale, stats, redo).call); });
-  m.def("segment_sum_cuda", [=](const py::list& jobs, const py::list& program, uintptr_t w, uintptr_t scale, uintptr_t stats,
-                                bool redo, uintptr_t workspace, uintptr_t stream) {
+  m.def("segment_sum_cuda_bytes",
+        [](const py::list& jobs, const py::list& program, uintptr_t w, uintptr_t scale, uintptr_t stats, bool redo) {
+          return cuda::workspace_bytes(segments(jobs, program, w, scale, stats, redo).call);
+        });
+  m.def("segment_sum_cuda", [=](const py::list& jobs, const py::list& program, uintptr_t w, uintptr_t scale,
+                                uintptr_t stats, bool redo, uintptr_t workspace, uintptr_t stream) {
     const Segments s = segments(jobs, program, w, scale, stats, redo);
     py::gil_scoped_release unlocked;
     cuda::segment_sum(s.call, scratch(workspace), scratch(stream));
@@ -317,7 +326,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("barrier_workers") = cpu::kBarrierWorkers;
   m.def("barrier_init", [=](uintptr_t p, int workers) { cpu::barrier_init(barrier(p), workers); });
   m.def("barrier_arrive", [=](uintptr_t p, int rank) { return cpu::barrier_arrive(barrier(p), rank); });
-  m.def("barrier_wait", [=](uintptr_t p, uint32_t meeting, int ms) { return cpu::barrier_wait(barrier(p), meeting, ms); }, release());
+  m.def(
+      "barrier_wait", [=](uintptr_t p, uint32_t meeting, int ms) { return cpu::barrier_wait(barrier(p), meeting, ms); },
+      release());
   m.def("barrier_fail", [=](uintptr_t p, int rank) { cpu::barrier_fail(barrier(p), rank); });
   m.def("barrier_failed", [=](uintptr_t p) { return int(barrier(p)->failed.load()) - 1; });
   m.def("barrier_missing", [=](uintptr_t p, uint32_t meeting) {

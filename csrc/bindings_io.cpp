@@ -3,7 +3,7 @@
 
 #include "cpu/kernels.h"
 #ifdef LRTT_WITH_CUDA
-#include "cuda/kernels.h"
+#  include "cuda/kernels.h"
 #endif
 
 namespace py = pybind11;
@@ -89,8 +89,9 @@ void bind_io(py::module_& m) {
   });
   // (u, u_type, w, pending, acc, samples, n, d)
   m.def("io_product_cuda", [](const py::tuple& t, uintptr_t stream) {
-    const ProductJob job{pointer<const void>(t[0]), t[1].cast<int>(),   pointer<const float>(t[2]), pointer<const int32_t>(t[3]),
-                         pointer<float>(t[4]),      t[5].cast<int64_t>(), t[6].cast<int>(),           t[7].cast<int>()};
+    const ProductJob job{
+        pointer<const void>(t[0]), t[1].cast<int>(),     pointer<const float>(t[2]), pointer<const int32_t>(t[3]),
+        pointer<float>(t[4]),      t[5].cast<int64_t>(), t[6].cast<int>(),           t[7].cast<int>()};
     py::gil_scoped_release unlocked;
     cuda::read_product(job, reinterpret_cast<void*>(stream));
   });

@@ -3,7 +3,7 @@
 
 #include "cpu/weights.h"
 #ifdef LRTT_WITH_CUDA
-#include "cuda/weights.h"
+#  include "cuda/weights.h"
 #endif
 
 namespace py = pybind11;
@@ -13,9 +13,14 @@ namespace {
 
 // (type, is_bfloat, row_count, row_blocks, blocks, out, out_stride, rows)
 blocks::Job decode_job(const py::tuple& t) {
-  return {t[0].cast<int>(), t[1].cast<bool>(), t[2].cast<int64_t>(), t[3].cast<int64_t>(),
-          reinterpret_cast<const uint8_t*>(t[4].cast<uintptr_t>()), reinterpret_cast<void*>(t[5].cast<uintptr_t>()),
-          t[6].cast<int64_t>(), reinterpret_cast<const int64_t*>(t[7].cast<uintptr_t>())};
+  return {t[0].cast<int>(),
+          t[1].cast<bool>(),
+          t[2].cast<int64_t>(),
+          t[3].cast<int64_t>(),
+          reinterpret_cast<const uint8_t*>(t[4].cast<uintptr_t>()),
+          reinterpret_cast<void*>(t[5].cast<uintptr_t>()),
+          t[6].cast<int64_t>(),
+          reinterpret_cast<const int64_t*>(t[7].cast<uintptr_t>())};
 }
 
 py::dict decoders() {

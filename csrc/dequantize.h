@@ -12,8 +12,20 @@
 namespace lrtt::blocks {
 
 enum Type : int {
-  kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8, kQ2_K = 10, kQ3_K = 11, kQ4_K = 12,
-  kQ5_K = 13, kQ6_K = 14, kBF16 = 30, kMXFP4 = 39,
+  kF32 = 0,
+  kF16 = 1,
+  kQ4_0 = 2,
+  kQ4_1 = 3,
+  kQ5_0 = 6,
+  kQ5_1 = 7,
+  kQ8_0 = 8,
+  kQ2_K = 10,
+  kQ3_K = 11,
+  kQ4_K = 12,
+  kQ5_K = 13,
+  kQ6_K = 14,
+  kBF16 = 30,
+  kMXFP4 = 39,
 };
 
 LRTT_HD uint32_t u16(const uint8_t* p) { return uint32_t(p[0]) | uint32_t(p[1]) << 8; }
@@ -30,7 +42,8 @@ LRTT_HD uint32_t bits_of(float f) {
   return bits;
 }
 
-// IEEE binary16 to binary32, exact, without a branch: both the normal and the subnormal result are made and one is taken.
+// IEEE binary16 to binary32, exact, without a branch: both the normal and the subnormal result are made and one is
+// taken.
 LRTT_HD float half(uint32_t h) {
   const uint32_t sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 17;
   const float normal = float_of((magnitude >> 4) + 0x70000000u) * float_of(0x07800000u);  // 2^-112
@@ -154,9 +167,7 @@ struct Q5_K {
 struct Q6_K {
   static constexpr int kBytes = 210, kSize = 256, kGroup = 16;
   static constexpr Sign kSign = kNone;
-  static LRTT_HD Affine affine(const uint8_t* b, int g) {
-    return {half(u16(b + 208)) * float(int8_t(b[192 + g])), 0};
-  }
+  static LRTT_HD Affine affine(const uint8_t* b, int g) { return {half(u16(b + 208)) * float(int8_t(b[192 + g])), 0}; }
   static LRTT_HD int quant(const uint8_t* b, int g, int j) {
     const int half_block = g / 8, row = g % 8 / 2, at = 16 * (g % 2) + j;  // rows of 32, four in each half
     const int low = (b[64 * half_block + 32 * (row % 2) + at] >> (4 * (row / 2))) & 15;
@@ -179,22 +190,46 @@ struct MXFP4 {
   }
 };
 
-// On the host: calls f with an object of the type, or returns false for a type that is not here (F32, F16 and BF16 have no blocks).
+// On the host: calls f with an object of the type, or returns false for a type that is not here (F32, F16 and BF16 have
+// no blocks).
 template <class F>
 inline __attribute__((always_inline)) bool with_type(int type, F&& f) {
   switch (type) {
-    case kQ4_0: f(Q4_0{}); return true;
-    case kQ4_1: f(Q4_1{}); return true;
-    case kQ5_0: f(Q5_0{}); return true;
-    case kQ5_1: f(Q5_1{}); return true;
-    case kQ8_0: f(Q8_0{}); return true;
-    case kQ2_K: f(Q2_K{}); return true;
-    case kQ3_K: f(Q3_K{}); return true;
-    case kQ4_K: f(Q4_K{}); return true;
-    case kQ5_K: f(Q5_K{}); return true;
-    case kQ6_K: f(Q6_K{}); return true;
-    case kMXFP4: f(MXFP4{}); return true;
-    default: return false;
+    case kQ4_0:
+      f(Q4_0{});
+      return true;
+    case kQ4_1:
+      f(Q4_1{});
+      return true;
+    case kQ5_0:
+      f(Q5_0{});
+      return true;
+    case kQ5_1:
+      f(Q5_1{});
+      return true;
+    case kQ8_0:
+      f(Q8_0{});
+      return true;
+    case kQ2_K:
+      f(Q2_K{});
+      return true;
+    case kQ3_K:
+      f(Q3_K{});
+      return true;
+    case kQ4_K:
+      f(Q4_K{});
+      return true;
+    case kQ5_K:
+      f(Q5_K{});
+      return true;
+    case kQ6_K:
+      f(Q6_K{});
+      return true;
+    case kMXFP4:
+      f(MXFP4{});
+      return true;
+    default:
+      return false;
   }
 }
 

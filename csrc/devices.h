@@ -9,24 +9,24 @@
 namespace lrtt {
 
 // Nodes of a PiecewiseStep.
-#define LRTT_NODES(F, name)                                                                        \
-  F(name##_0) F(name##_1) F(name##_2) F(name##_3) F(name##_4) F(name##_5) F(name##_6) F(name##_7)   \
-  F(name##_8) F(name##_9) F(name##_10) F(name##_11) F(name##_12) F(name##_13) F(name##_14) F(name##_15)
+#define LRTT_NODES(F, name)                                                                                   \
+  F(name##_0)                                                                                                 \
+  F(name##_1) F(name##_2) F(name##_3) F(name##_4) F(name##_5) F(name##_6) F(name##_7) F(name##_8) F(name##_9) \
+      F(name##_10) F(name##_11) F(name##_12) F(name##_13) F(name##_14) F(name##_15)
 
-// Every number of a device model. The Python side fills it by name through layout(), so a field added here needs no second
-// list.
-#define LRTT_DEVICE_FIELDS(F)                                                                      \
-  F(kind) F(granularity) F(dw_min) F(dw_min_dtod) F(dw_min_dtod_log_normal) F(dw_min_std)           \
-  F(up_down) F(up_down_dtod) F(w_max) F(w_min) F(w_max_dtod) F(w_min_dtod)                           \
-  F(enforce_consistency) F(corrupt_devices_prob) F(corrupt_devices_range) F(mult_noise)             \
-  F(gamma_up) F(gamma_down) F(gamma_up_dtod) F(gamma_down_dtod) F(mean_bound_reference)             \
-  F(allow_increasing_slope) F(slope_up_dtod) F(slope_down_dtod) F(reference_mean)                   \
-  F(reference_std) F(subtract_symmetry_point) F(A_up) F(A_down) F(a) F(b) F(pow_gamma)               \
-  F(pow_gamma_dtod) F(pow_up_down) F(pow_up_down_dtod) F(lifetime) F(lifetime_dtod)           \
-  F(reset) F(reset_dtod) F(reset_std) F(diffusion) F(diffusion_dtod) F(write_noise_std)               \
-  F(apply_write_noise_on_set) F(pair) F(refresh_every) F(refresh_upper_thres) F(refresh_lower_thres) \
-  F(refresh_max_pulses) F(sections) LRTT_NODES(F, piecewise_up)                                      \
-  LRTT_NODES(F, piecewise_down)
+// Every number of a device model. The Python side fills it by name through layout(), so a field added here needs no
+// second list.
+#define LRTT_DEVICE_FIELDS(F)                                                                                          \
+  F(kind)                                                                                                              \
+  F(granularity) F(dw_min) F(dw_min_dtod) F(dw_min_dtod_log_normal) F(dw_min_std) F(up_down) F(up_down_dtod) F(w_max)  \
+      F(w_min) F(w_max_dtod) F(w_min_dtod) F(enforce_consistency) F(corrupt_devices_prob) F(corrupt_devices_range)     \
+          F(mult_noise) F(gamma_up) F(gamma_down) F(gamma_up_dtod) F(gamma_down_dtod) F(mean_bound_reference)          \
+              F(allow_increasing_slope) F(slope_up_dtod) F(slope_down_dtod) F(reference_mean) F(reference_std)         \
+                  F(subtract_symmetry_point) F(A_up) F(A_down) F(a) F(b) F(pow_gamma) F(pow_gamma_dtod) F(pow_up_down) \
+                      F(pow_up_down_dtod) F(lifetime) F(lifetime_dtod) F(reset) F(reset_dtod) F(reset_std)             \
+                          F(diffusion) F(diffusion_dtod) F(write_noise_std) F(apply_write_noise_on_set) F(pair)        \
+                              F(refresh_every) F(refresh_upper_thres) F(refresh_lower_thres) F(refresh_max_pulses)     \
+                                  F(sections) LRTT_NODES(F, piecewise_up) LRTT_NODES(F, piecewise_down)
 
 struct DeviceParams {
 #define LRTT_FIELD(name) float name;
@@ -46,8 +46,8 @@ enum DeviceKind : int {
   kPiecewiseStep = 8,
 };
 
-// What a cell holds beside the weight that is read. kNoisy: its persistent weight. kPair: two conductances, planes 0 and 1,
-// whose difference is read; the second cell is drawn as one of array + kMinus.
+// What a cell holds beside the weight that is read. kNoisy: its persistent weight. kPair: two conductances, planes 0
+// and 1, whose difference is read; the second cell is drawn as one of array + kMinus.
 enum Hold : int { kPlain = 0, kNoisy = 1, kPair = 2 };
 
 LRTT_HD int hold(const DeviceParams& p) { return p.pair != 0.0f ? kPair : p.write_noise_std > 0.0f ? kNoisy : kPlain; }
@@ -68,16 +68,15 @@ struct CellId {
   LRTT_HD Words words(uint32_t block) const { return philox(key, cell, block, 0, counter3(kDraw, array, 0)); }
 };
 
-// The part of a draw that all models share: bounds, gain, asymmetry, from block 0. Blocks 1 and 2 are the model's own, but
-// for the last two words of block 1, the corruption draw.
+// The part of a draw that all models share: bounds, gain, asymmetry, from block 0. Blocks 1 and 2 are the model's own,
+// but for the last two words of block 1, the corruption draw.
 LRTT_HD Cell draw_pulsed(const DeviceParams& p, const Words& n0) {
   Cell c;
   c.b_max = p.w_max * fma_(p.w_max_dtod, normal(n0.w[0]), 1.0f);
   c.b_min = p.w_min * fma_(p.w_min_dtod, normal(n0.w[1]), 1.0f);
   const float xi = normal(n0.w[2]);
-  const float gain = p.dw_min_dtod_log_normal != 0.0f
-                         ? exp_(min_(max_(p.dw_min_dtod * xi, -60.0f), 60.0f))
-                         : fma_(p.dw_min_dtod, xi, 1.0f);
+  const float gain = p.dw_min_dtod_log_normal != 0.0f ? exp_(min_(max_(p.dw_min_dtod * xi, -60.0f), 60.0f))
+                                                      : fma_(p.dw_min_dtod, xi, 1.0f);
   const float rho = p.up_down_dtod * normal(n0.w[3]);
   c.s_up = ((min_(p.up_down, 0.0f) + gain) + rho) * p.dw_min;
   c.s_dn = ((gain - max_(p.up_down, 0.0f)) - rho) * p.dw_min;
@@ -86,7 +85,7 @@ LRTT_HD Cell draw_pulsed(const DeviceParams& p, const Words& n0) {
     c.s_dn = abs_(c.s_dn);
     const float hi = max_(c.b_max, c.b_min), lo = min_(c.b_max, c.b_min);
     c.b_max = abs_(hi);
-    c.b_min = 0.0f - abs_(lo);  // no negative zero: see into_bounds
+    c.b_min = 0.0f - abs_(lo);     // no negative zero: see into_bounds
   } else if (c.b_min > c.b_max) {  // an empty range: the cell is held at its middle
     c.b_max = c.b_max + (c.b_min - c.b_max) * 0.5f;
     c.b_min = c.b_max;
@@ -107,8 +106,8 @@ LRTT_HD void corrupt(const DeviceParams& p, const Words& n1, Cell& c) {
   c.s_dn = stuck ? 0.0f : c.s_dn;
 }
 
-// A device model is a struct with `derive`, which fills the cell's own numbers, and `delta`, the change of w by one pulse with
-// cycle-to-cycle noise sigma*xi. Clipping to the cell's bounds is common.
+// A device model is a struct with `derive`, which fills the cell's own numbers, and `delta`, the change of w by one
+// pulse with cycle-to-cycle noise sigma*xi. Clipping to the cell's bounds is common.
 
 // w += s (1 + sigma xi)
 struct ConstantStep {
@@ -181,8 +180,8 @@ struct SoftBoundsReference {
   }
 };
 
-// With z = 2 a w / (b_max - b_min) + b: w += max(1 - A_up exp(gamma_up z), 0) s_up (1 + sigma xi), and down with -gamma_down.
-// e0 = 2 a / (b_max - b_min).
+// With z = 2 a w / (b_max - b_min) + b: w += max(1 - A_up exp(gamma_up z), 0) s_up (1 + sigma xi), and down with
+// -gamma_down. e0 = 2 a / (b_max - b_min).
 struct ExpStep {
   LRTT_HD static void derive(const DeviceParams& p, const CellId&, Cell& c) {
     const float range = c.b_max - c.b_min;
@@ -253,20 +252,37 @@ struct PiecewiseStep {
 
 // Calls f with the model of `kind`, as a value whose type is the struct: the one list of models.
 #ifdef __CUDACC__
-#pragma nv_exec_check_disable
+#  pragma nv_exec_check_disable
 #endif
 template <class F>
 LRTT_HD void with_device(int kind, F&& f) {
   switch (kind) {
-    case kConstantStep: f(ConstantStep{}); break;
-    case kLinearStep: f(LinearStep{}); break;
-    case kSoftBounds: f(SoftBounds{}); break;
-    case kSoftBoundsReference: f(SoftBoundsReference{}); break;
-    case kExpStep: f(ExpStep{}); break;
-    case kPowStep: f(PowStep{}); break;
-    case kPowStepReference: f(PowStepReference{}); break;
-    case kPiecewiseStep: f(PiecewiseStep{}); break;
-    default: break;
+    case kConstantStep:
+      f(ConstantStep{});
+      break;
+    case kLinearStep:
+      f(LinearStep{});
+      break;
+    case kSoftBounds:
+      f(SoftBounds{});
+      break;
+    case kSoftBoundsReference:
+      f(SoftBoundsReference{});
+      break;
+    case kExpStep:
+      f(ExpStep{});
+      break;
+    case kPowStep:
+      f(PowStep{});
+      break;
+    case kPowStepReference:
+      f(PowStepReference{});
+      break;
+    case kPiecewiseStep:
+      f(PiecewiseStep{});
+      break;
+    default:
+      break;
   }
 }
 
@@ -279,7 +295,8 @@ LRTT_HD Cell draw_cell(const DeviceParams& p, uint64_t key, uint32_t array, uint
   return c;
 }
 
-// For w and bounds that are no negative zeros: so a GPU's minimum, which orders zeros, agrees with a CPU's, which does not.
+// For w and bounds that are no negative zeros: so a GPU's minimum, which orders zeros, agrees with a CPU's, which does
+// not.
 LRTT_HD float clamp(const Cell& c, float w) {
 #ifdef __CUDA_ARCH__
   return fmaxf(fminf(w, c.b_max), c.b_min);
@@ -317,7 +334,8 @@ LRTT_HD float relax(const DeviceParams& p, const Cell& c, const CellId& id, floa
   return w;
 }
 
-// ------------------------------------------------------------------ writing a cell otherwise than by an update's pulses
+// ------------------------------------------------------------------ writing a cell otherwise than by an update's
+// pulses
 
 // What writes a cell, part of the key of its write noise.
 enum WriteEvent : uint32_t { kByPulses = 0, kByRelax = 1, kByReinit = 2, kBySet = 3, kByTransfer = 4, kByReset = 5 };
@@ -343,7 +361,8 @@ LRTT_HD Cell draw_cell(const DeviceParams& p, const CellId& id) {
 
 // Programs the cell to `target`, as well as its bounds allow.
 template <class Device>
-LRTT_HD void set_cell(const DeviceParams& p, const CellId& id, const Held& h, float target, WriteEvent event, uint32_t c2) {
+LRTT_HD void set_cell(const DeviceParams& p, const CellId& id, const Held& h, float target, WriteEvent event,
+                      uint32_t c2) {
   const int64_t i = id.cell;
   const Cell c = draw_cell<Device>(p, id);
   if (hold(p) == kPair) {
@@ -384,7 +403,8 @@ LRTT_HD float reset_value(const DeviceParams& p, const Cell& c, const CellId& id
 
 // Resets the cell with probability `share`, each cell of a pair on its own.
 template <class Device>
-LRTT_HD void reset_cell(const DeviceParams& p, const CellId& id, const Held& h, float share, uint32_t number, uint32_t step) {
+LRTT_HD void reset_cell(const DeviceParams& p, const CellId& id, const Held& h, float share, uint32_t number,
+                        uint32_t step) {
   const int64_t i = id.cell;
   const Words r = philox(id.key, id.cell, number, step, counter3(kReset, id.array, 0));
   const bool hit = uniform(r.w[1]) < share;
@@ -404,12 +424,13 @@ LRTT_HD void reset_cell(const DeviceParams& p, const CellId& id, const Held& h, 
   }
 }
 
-// Refresh of a pair that has come near its upper bounds: both cells are reset, and the one that was larger takes up pulses,
-// each verified, until the difference is back (or refresh_max_pulses were spent).
+// Refresh of a pair that has come near its upper bounds: both cells are reset, and the one that was larger takes up
+// pulses, each verified, until the difference is back (or refresh_max_pulses were spent).
 template <class Device>
-LRTT_HD void refresh_cell(const DeviceParams& p, const CellId& id, const Cell& c, const Cell& m, float& plus, float& minus,
-                          uint32_t step) {
-  if (!(max_(plus, minus) > p.refresh_upper_thres * p.w_max && min_(plus, minus) > p.refresh_lower_thres * p.w_max)) return;
+LRTT_HD void refresh_cell(const DeviceParams& p, const CellId& id, const Cell& c, const Cell& m, float& plus,
+                          float& minus, uint32_t step) {
+  if (!(max_(plus, minus) > p.refresh_upper_thres * p.w_max && min_(plus, minus) > p.refresh_lower_thres * p.w_max))
+    return;
   const bool on_plus = plus > minus;
   const float want = abs_(plus - minus);
   const CellId other = minus_of(id), written = on_plus ? id : other;

@@ -15,9 +15,10 @@
 
 namespace lrtt {
 
-#define LRTT_IO_FIELDS(F)                                                                                   \
-  F(management) F(nm_thres) F(worst_case) F(worst_cap) F(inp_round) F(inp_scale) F(inp_unit) F(inp_limit)   \
-  F(inp_noise) F(out_round) F(out_scale) F(out_unit) F(out_limit) F(out_noise) F(w_noise)
+#define LRTT_IO_FIELDS(F)                                                                                             \
+  F(management)                                                                                                       \
+  F(nm_thres) F(worst_case) F(worst_cap) F(inp_round) F(inp_scale) F(inp_unit) F(inp_limit) F(inp_noise) F(out_round) \
+      F(out_scale) F(out_unit) F(out_limit) F(out_noise) F(w_noise)
 
 // inp_scale = 1 / inp_step, inp_unit = inp_step, inp_limit = inp_bound / inp_step, inp_noise in units of inp_step; a
 // converter that does not round has the step 1. w_noise is in units of inp_step too.
@@ -69,8 +70,8 @@ LRTT_HD float into_range(float t, float limit) {
   return t < -limit ? -limit : t;
 }
 
-// The scale of a sample in round `round` of bound management. `largest` is magnitude_bits of max |x|; `sum` the larger of
-// the sums of the positive and of the negative inputs, needed where worst_case is on and round > 0.
+// The scale of a sample in round `round` of bound management. `largest` is magnitude_bits of max |x|; `sum` the larger
+// of the sums of the positive and of the negative inputs, needed where worst_case is on and round > 0.
 LRTT_HD float read_scale(const IoNumbers& p, uint32_t largest, double sum, uint32_t round) {
   float alpha = 1.0f;
   if (p.management == float(kConstant)) alpha = p.nm_thres;
@@ -108,8 +109,8 @@ LRTT_HD float adc(const IoNumbers& p, float product, float alpha, float sigma, f
 
 // ------------------------------------------------------------------ jobs
 
-// u[samples, n] and per[2, samples] (alpha_s, sigma_s) from x[samples, n], whose rows are `stride` apart. Samples that are
-// not `pending` (null: all are) get zeros.
+// u[samples, n] and per[2, samples] (alpha_s, sigma_s) from x[samples, n], whose rows are `stride` apart. Samples that
+// are not `pending` (null: all are) get zeros.
 struct InputJob {
   const void* x;
   int64_t stride;
@@ -136,8 +137,8 @@ struct OutputJob {
   IoNumbers io;
 };
 
-// acc[samples, d] = u[samples, n] w[d, n]^T for blocks of samples of which one is pending; on the device only. The weight
-// is rounded to u's type, as the product of the first round has it.
+// acc[samples, d] = u[samples, n] w[d, n]^T for blocks of samples of which one is pending; on the device only. The
+// weight is rounded to u's type, as the product of the first round has it.
 struct ProductJob {
   const void* u;
   int u_type;

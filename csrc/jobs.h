@@ -20,9 +20,9 @@ namespace lrtt {
 
 constexpr int kBlockSamples = 512;
 constexpr int kSegmentWords = 64;
-constexpr int kBlockSegments = 8;                            // >= 512 * 31 / 32 / 64
-constexpr int kShortSlots = 31;                              // up to here a block has kBlockSamples samples
-constexpr int kMostSlots = kShortSlots * kBlockSamples;      // a block of one sample
+constexpr int kBlockSegments = 8;                        // >= 512 * 31 / 32 / 64
+constexpr int kShortSlots = 31;                          // up to here a block has kBlockSamples samples
+constexpr int kMostSlots = kShortSlots * kBlockSamples;  // a block of one sample
 
 // Samples of a block whose trains have at most `slots` slots: a power of two.
 LRTT_HD int block_samples(int slots) {
@@ -42,7 +42,7 @@ LRTT_HD SegmentCounter segment_counter(uint32_t block, int word, uint32_t c3) {
   return SegmentCounter{segment << 8, c3 | (segment >> 24)};
 }
 
-constexpr double kFixedPoint = 16777216.0;                         // 2^24 units per weight unit
+constexpr double kFixedPoint = 16777216.0;  // 2^24 units per weight unit
 
 // tile.state, int64: the whole mutable state of a tile besides A, B and C.
 enum State { kKey, kStep, kCounter, kCycle, kStateSize };
@@ -60,12 +60,12 @@ enum Count {
 };
 
 // tile.hyper, float64 on the host: these fields, then DeviceParams of the fast and the visible array.
-#define LRTT_TILE_FIELDS(F)                                                                     \
-  F(tau) F(transfer_every) F(count_samples) F(transfer_mode) F(reinit) F(reinit_std)             \
-  F(desired_bl) F(update_management) F(update_bl_management) F(transfer_bl)                     \
-  F(transfer_update_management) F(transfer_update_bl_management) F(max_words)                   \
-  F(pulse_type) F(fixed_bl) F(max_bl) F(x_res) F(d_res) F(sto_round) F(um_grad_scale)           \
-  F(transfer_pulse_type) F(transfer_x_res) F(transfer_d_res) F(transfer_sto_round)
+#define LRTT_TILE_FIELDS(F)                                                                                      \
+  F(tau)                                                                                                         \
+  F(transfer_every) F(count_samples) F(transfer_mode) F(reinit) F(reinit_std) F(desired_bl) F(update_management) \
+      F(update_bl_management) F(transfer_bl) F(transfer_update_management) F(transfer_update_bl_management)      \
+          F(max_words) F(pulse_type) F(fixed_bl) F(max_bl) F(x_res) F(d_res) F(sto_round) F(um_grad_scale)       \
+              F(transfer_pulse_type) F(transfer_x_res) F(transfer_d_res) F(transfer_sto_round)
 
 struct TileParams {
 #define LRTT_FIELD(name) double name;
@@ -109,20 +109,29 @@ struct PulseParams {
   int update_bl_management;
   int type = kStochasticCompressed;
   int fixed_bl = 1;
-  int max_bl = 0;        // of a train that fixed_bl = 0 makes longer
+  int max_bl = 0;  // of a train that fixed_bl = 0 makes longer
   int sto_round = 0;
   float x_res = 0.0f, d_res = 0.0f;
   double um_grad_scale = 1.0;
 };
 
 LRTT_HD PulseParams update_pulse(const TileParams& t) {
-  return {int(t.desired_bl), int(t.update_management), int(t.update_bl_management), int(t.pulse_type), int(t.fixed_bl),
-          int(t.max_bl), int(t.sto_round), float(t.x_res), float(t.d_res), t.um_grad_scale};
+  return {int(t.desired_bl), int(t.update_management), int(t.update_bl_management),
+          int(t.pulse_type), int(t.fixed_bl),          int(t.max_bl),
+          int(t.sto_round),  float(t.x_res),           float(t.d_res),
+          t.um_grad_scale};
 }
 
 LRTT_HD PulseParams transfer_pulse(const TileParams& t) {
-  return {int(t.transfer_bl), int(t.transfer_update_management), int(t.transfer_update_bl_management),
-          int(t.transfer_pulse_type), 1, 0, int(t.transfer_sto_round), float(t.transfer_x_res), float(t.transfer_d_res),
+  return {int(t.transfer_bl),
+          int(t.transfer_update_management),
+          int(t.transfer_update_bl_management),
+          int(t.transfer_pulse_type),
+          1,
+          0,
+          int(t.transfer_sto_round),
+          float(t.transfer_x_res),
+          float(t.transfer_d_res),
           1.0};
 }
 
@@ -169,7 +178,7 @@ struct PulseJob {
 
 // Everything about one tile that the transfer needs. T is float or double.
 struct TransferJob {
-  void *a, *b, *c;  // [d, r], [r, k], [d, k]
+  void *a, *b, *c;                     // [d, r], [r, k], [d, k]
   float *cells_a, *cells_b, *cells_c;  // see Held
   int d, k, r;
   int is_double;
@@ -190,8 +199,8 @@ struct Train {
 // Update management and BL management (Gokmen & Vlasov 2016; aihwkit's pulsed meta parameter).
 // x_max, d_max are magnitude_bits of the largest |x|, |d|. A non-finite operand gets no train. Without fixed_bl and BL
 // management, a train that desired_bl slots cannot express gets ceil(lr / g) slots and S = 1; beyond max_bl, S grows.
-LRTT_HD Train plan_train(float eta, uint32_t x_max, uint32_t d_max, float granularity,
-                         const PulseParams& p, bool& finite) {
+LRTT_HD Train plan_train(float eta, uint32_t x_max, uint32_t d_max, float granularity, const PulseParams& p,
+                         bool& finite) {
   finite = x_max < kNonFinite && d_max < kNonFinite && magnitude_bits(eta) < kNonFinite;
   Train t{0, 0.0f, 0.0f};
   if (!finite || x_max == 0 || d_max == 0 || eta == 0.0f) return t;
@@ -225,8 +234,8 @@ LRTT_HD Train plan_train(float eta, uint32_t x_max, uint32_t d_max, float granul
 
 // ------------------------------------------------------------------ counted trains
 
-// One side of a counted train, from p = |v| S: mean_count rounds BL q(p) to a whole number, deterministic_implicit keeps
-// q(p); p above 1 acts as 1.
+// One side of a counted train, from p = |v| S: mean_count rounds BL q(p) to a whole number, deterministic_implicit
+// keeps q(p); p above 1 acts as 1.
 LRTT_HD float counted_value(int type, float p, float res, bool random, uint32_t word, int bl) {
   const float q = min_(on_grid(p, res, random, word), 1.0f);
   return type == kMeanCount ? nearest_even(float(bl) * q) : q;
@@ -244,8 +253,7 @@ LRTT_HD int counted_pulses(int type, float x, float d, int bl) {
 // Words that term q of a transfer needs so that nothing of it is cut, up to the cap.
 LRTT_HD int transfer_words(float tau, uint32_t x_max, uint32_t d_max, float granularity, int bl, int cap) {
   if (x_max >= kNonFinite || d_max >= kNonFinite) return 1;
-  const double kappa =
-      double(abs_(tau)) * double(from_bits(x_max)) * double(from_bits(d_max)) / double(granularity);
+  const double kappa = double(abs_(tau)) * double(from_bits(x_max)) * double(from_bits(d_max)) / double(granularity);
   const double words = kappa / double(bl);
   if (!(words < double(cap))) return cap;
   const int n = int(words);
@@ -253,8 +261,7 @@ LRTT_HD int transfer_words(float tau, uint32_t x_max, uint32_t d_max, float gran
 }
 
 // |d| above this saturates all words of a term that needs more than the cap; infinity where none does.
-LRTT_HD float saturation(float tau, uint32_t x_max, uint32_t d_max, float granularity, const PulseParams& p,
-                         int cap) {
+LRTT_HD float saturation(float tau, uint32_t x_max, uint32_t d_max, float granularity, const PulseParams& p, int cap) {
   const float never = from_bits(kNonFinite);
   const int words = transfer_words(tau, x_max, d_max, granularity, p.desired_bl, cap);
   bool finite;

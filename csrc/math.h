@@ -22,28 +22,37 @@
 //   kRead              read_group(element)   sample                    ticket  purpose|array|round * 8 + stage
 //
 // `cell` = row * columns + column of the array; `element` indexes one side of an outer product; word
-// k of the four belongs to element 4*(element/4)+k, and likewise to a cell; of kNoise, its halves (low first) to pulses 2k and 2k+1
-// of a group of eight. `step` counts optimizer steps, `cycle` reinits; `segment` is a piece of the pulse stream (jobs.h) and `pulse`
-// counts the pulses of that cell in it; its bits above 24 stand in c3 in place of a 0. `piece` is the 32-slot piece of one
-// sample's train, `side` is 0 for x and 1 for d. `event` is a WriteEvent (devices.h); that of a reinit has the cycle instead
-// of the step. The second cell of a pair belongs to array + kMinus.
-// kRead is explained in io.h: `ticket` numbers the reads of a tile, `round` those of one read that bound management repeats.
+// k of the four belongs to element 4*(element/4)+k, and likewise to a cell; of kNoise, its halves (low first) to pulses
+// 2k and 2k+1 of a group of eight. `step` counts optimizer steps, `cycle` reinits; `segment` is a piece of the pulse
+// stream (jobs.h) and `pulse` counts the pulses of that cell in it; its bits above 24 stand in c3 in place of a 0.
+// `piece` is the 32-slot piece of one sample's train, `side` is 0 for x and 1 for d. `event` is a WriteEvent
+// (devices.h); that of a reinit has the cycle instead of the step. The second cell of a pair belongs to array + kMinus.
+// kRead is explained in io.h: `ticket` numbers the reads of a tile, `round` those of one read that bound management
+// repeats.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #ifdef __CUDACC__
-#define LRTT_HD __host__ __device__ __forceinline__
+#  define LRTT_HD __host__ __device__ __forceinline__
 #else
-#define LRTT_HD inline __attribute__((always_inline))
+#  define LRTT_HD inline __attribute__((always_inline))
 #endif
 
 namespace lrtt {
 
 enum Array : uint32_t { kA = 0, kB = 1, kC = 2, kMinus = 4 };
 enum Purpose : uint32_t {
-  kDraw = 1, kReinit = 2, kBitX = 3, kBitD = 4, kNoise = 5, kDiffusion = 6, kWriteNoise = 7, kReset = 8, kRound = 9,
+  kDraw = 1,
+  kReinit = 2,
+  kBitX = 3,
+  kBitD = 4,
+  kNoise = 5,
+  kDiffusion = 6,
+  kWriteNoise = 7,
+  kReset = 8,
+  kRound = 9,
   kRead = 16
 };
 
@@ -126,9 +135,9 @@ LRTT_HD void product(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
 LRTT_HD Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
 #ifdef __CUDACC__
-#pragma unroll
+#  pragma unroll
 #else
-#pragma GCC unroll 10
+#  pragma GCC unroll 10
 #endif
   for (int round = 0; round < 10; ++round) {
     uint32_t h0, l0, h1, l1;
@@ -229,9 +238,9 @@ LRTT_HD float uniform(uint32_t word) { return float(int32_t(word >> 8)) * 5.9604
 
 // ------------------------------------------------------------------ cycle-to-cycle noise
 
-// Noise of one pulse from 16 bits: a sign and one of 4096 equally likely magnitudes of a normal, the middles of its strata
-// scaled to unit variance. 8192 levels, |z| <= 3.84, kurtosis 2.995, distribution within 1.3e-4 of the normal's; a full
-// normal for each of billions of pulses would cost more than all the rest of the simulation.
+// Noise of one pulse from 16 bits: a sign and one of 4096 equally likely magnitudes of a normal, the middles of its
+// strata scaled to unit variance. 8192 levels, |z| <= 3.84, kurtosis 2.995, distribution within 1.3e-4 of the normal's;
+// a full normal for each of billions of pulses would cost more than all the rest of the simulation.
 constexpr int kNoiseLevels = 4096;
 
 LRTT_HD float noise_level(uint32_t i) { return 1.0000805f * normal((i << 19) | (1u << 18)); }
@@ -252,8 +261,8 @@ LRTT_HD float nearest_even(float v) {
   return float(whole + (rest > 0.5f || (rest == 0.5f && (whole & 1)) ? 1 : 0));
 }
 
-// p as a multiple of res: the nearest one, or with `random` one of the two neighbours so that the mean is p (to 2^-24 of
-// a step). res = 0 leaves p as it is. What is above 2 is far above 1 on every grid (res <= 1) and need not be exact.
+// p as a multiple of res: the nearest one, or with `random` one of the two neighbours so that the mean is p (to 2^-24
+// of a step). res = 0 leaves p as it is. What is above 2 is far above 1 on every grid (res <= 1) and need not be exact.
 LRTT_HD float on_grid(float p, float res, bool random, uint32_t word) {
   if (!(res > 0.0f)) return p;
   const float steps = min_(p, 2.0f) / res;
@@ -280,8 +289,7 @@ LRTT_HD Threshold threshold(float p) {
 // drops out at the first difference. A word of n lanes needs about log2(n) + 2 planes, 32 at most.
 constexpr int kDirectSlots = 5;
 
-LRTT_HD void bernoulli_plane(uint32_t plane, uint32_t random, uint32_t bits, uint32_t& undecided,
-                             uint32_t& fired) {
+LRTT_HD void bernoulli_plane(uint32_t plane, uint32_t random, uint32_t bits, uint32_t& undecided, uint32_t& fired) {
   const uint32_t p = 0u - ((bits >> (31u - plane)) & 1u);  // this bit of p, spread over the lanes
   fired |= undecided & p & ~random;
   undecided &= ~(p ^ random);

@@ -2,8 +2,8 @@
 //
 // A SLOT is one segment's gradient of one parameter. A program turns the slots of a worker into the tree nodes that the
 // worker owns, and the same program form turns the nodes of all workers into the total: step i pushes slot i, then adds
-// the two topmost values `adds` times, then, if `emit` is set, hands out the one value that is left. So the order of the
-// additions is the tree's and nothing else's.
+// the two topmost values `adds` times, then, if `emit` is set, hands out the one value that is left. So the order of
+// the additions is the tree's and nothing else's.
 //
 // NORMS are sums of squares in float64 over blocks of kSegmentBlock elements: lane l of a block adds the elements l,
 // l + kSegmentLanes, ...; then tree_sum over the lanes; then the blocks, in order of the parameters, the same way.

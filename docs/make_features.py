@@ -36,7 +36,7 @@ GROUPS = (
 HEAD = """# What works on tiles
 
 Every row is a test ([how](../tests/features.py)); this page is made from them by `python docs/make_features.py`.
-✓ works, ✗ is refused with a message that says what to do, – has no test of its own.
+✓ works, ✗ is refused with a message that says what to do, - has no test of its own.
 """
 
 
@@ -106,7 +106,7 @@ def page(failed: frozenset[str] | set[str] = frozenset()) -> str:
             continue
         lines += [f"## {group}", "", "| feature | digital | pulsed | what holds | test |", "|---|---|---|---|---|"]
         for name, row in rows.items():
-            columns = [row.columns.get(kind, "–") for kind in ("digital", "pulsed")]
+            columns = [row.columns.get(kind, "-") for kind in ("digital", "pulsed")]
             lines.append("| " + " | ".join([name, *columns, " ".join(row.texts), ", ".join(row.tests)]) + " |")
         lines.append("")
     return "\n".join(lines)

@@ -13,8 +13,16 @@ def fail(owner: str, name: str, rule: str, value: Any, remedy: str = "") -> Valu
     return ValueError(f"{owner}: {name} must be {rule}, got {value!r}{tail}")
 
 
-def number(owner: str, name: str, value: Any, *, low: float = -math.inf, high: float = math.inf,
-           above: float = -math.inf, remedy: str = "") -> None:
+def number(
+    owner: str,
+    name: str,
+    value: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    remedy: str = "",
+) -> None:
     """Require a finite number with ``low <= value <= high`` and ``value > above``.
 
     Raises:

@@ -17,9 +17,11 @@ import lightning_lrtt.devices  # noqa: F401  short names in YAML: SoftBounds
 from lightning_lrtt import LRTT, LRTTDDPStrategy, LRTTStrategy, device_command, export  # noqa: F401  short names in YAML
 from lightning_lrtt.weights import inspect
 
-_EPILOG = ("Besides: `lrtt export CHECKPOINT --to FILE` makes a digital checkpoint of one with tiles, "
-           "`lrtt device NAME --plot FILE` draws what a device does, `lrtt inspect FILE` shows the tensors of a GGUF or "
-           "safetensors file and where they would go (each has --help).")
+_EPILOG = (
+    "Besides: `lrtt export CHECKPOINT --to FILE` makes a digital checkpoint of one with tiles, "
+    "`lrtt device NAME --plot FILE` draws what a device does, `lrtt inspect FILE` shows the tensors of a GGUF or "
+    "safetensors file and where they would go (each has --help)."
+)
 
 
 class LRTTCLI(LightningCLI):
@@ -34,7 +36,9 @@ class LRTTCLI(LightningCLI):
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
-            "--test_after_fit", type=bool, default=False,
+            "--test_after_fit",
+            type=bool,
+            default=False,
             help="After `fit`, run `test` on the best checkpoint (the last weights where none was monitored).",
         )
 

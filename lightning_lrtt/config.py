@@ -18,8 +18,14 @@ from lightning_lrtt.io_config import IOConfig
 __all__ = ["IOConfig", "LRTTConfig", "PulseConfig"]
 
 _TRANSFER_MODES = {"digital": 1, "pulsed": 2, "pulsed_residual": 3}
-_PULSE_TYPES = {"stochastic_compressed": 1, "stochastic": 2, "mean_count": 3, "deterministic_implicit": 4, "none": 5,
-                "none_with_device": 6}  # PulseType of csrc/jobs.h
+_PULSE_TYPES = {
+    "stochastic_compressed": 1,
+    "stochastic": 2,
+    "mean_count": 3,
+    "deterministic_implicit": 4,
+    "none": 5,
+    "none_with_device": 6,
+}  # PulseType of csrc/jobs.h
 _LONG_TRAIN = 496  # default of max_bl: blocks of 32 samples
 _REINITS = {"normal": 1, "uniform": 2, "orthogonal": 3}
 
@@ -58,8 +64,9 @@ class PulseConfig:
         True
     """
 
-    pulse_type: Literal["stochastic_compressed", "stochastic", "mean_count", "deterministic_implicit", "none",
-                        "none_with_device"] = "stochastic_compressed"
+    pulse_type: Literal[
+        "stochastic_compressed", "stochastic", "mean_count", "deterministic_implicit", "none", "none_with_device"
+    ] = "stochastic_compressed"
     desired_bl: int = 31
     fixed_bl: bool = True
     max_bl: int | None = None
@@ -79,23 +86,42 @@ class PulseConfig:
         for name in ("x_res", "d_res"):
             _check.number(me, name, getattr(self, name), low=0.0, high=1.0, remedy="write 1/n for n steps")
             if 0.0 < getattr(self, name) < 2.0**-20:
-                raise _check.fail(me, name, "0 or at least 2**-20", getattr(self, name), "0 leaves probabilities as they are")
+                raise _check.fail(
+                    me, name, "0 or at least 2**-20", getattr(self, name), "0 leaves probabilities as they are"
+                )
         if not self.is_pulsed:
             for f in fields(self)[1:]:
                 if getattr(self, f.name) != f.default:
-                    raise _check.fail(me, f.name, f"left at {f.default!r} with pulse_type={self.pulse_type!r}",
-                                      getattr(self, f.name), "a floating-point update has no train")
+                    raise _check.fail(
+                        me,
+                        f.name,
+                        f"left at {f.default!r} with pulse_type={self.pulse_type!r}",
+                        getattr(self, f.name),
+                        "a floating-point update has no train",
+                    )
             return
         if not self.fixed_bl and self.update_bl_management:
-            raise _check.fail(me, "fixed_bl", "True with update_bl_management=True", False,
-                              "BL management sets the length; turn it off to let lr set it")
+            raise _check.fail(
+                me,
+                "fixed_bl",
+                "True with update_bl_management=True",
+                False,
+                "BL management sets the length; turn it off to let lr set it",
+            )
         if self.max_bl is not None:
             if self.fixed_bl:
-                raise _check.fail(me, "max_bl", "None with fixed_bl=True", self.max_bl, "desired_bl is the longest train")
+                raise _check.fail(
+                    me, "max_bl", "None with fixed_bl=True", self.max_bl, "desired_bl is the longest train"
+                )
             _check.integer(me, "max_bl", self.max_bl, low=self.desired_bl, high=most)
         if self.um_grad_scale != 1.0 and not (self.update_management or self.update_bl_management):
-            raise _check.fail(me, "um_grad_scale", "1 without update_management and update_bl_management",
-                              self.um_grad_scale, "nothing else reads it")
+            raise _check.fail(
+                me,
+                "um_grad_scale",
+                "1 without update_management and update_bl_management",
+                self.um_grad_scale,
+                "nothing else reads it",
+            )
         if self.sto_round and self.x_res == 0.0 and self.d_res == 0.0:
             raise _check.fail(me, "sto_round", "False without x_res and d_res", True, "there is no grid to round to")
 
@@ -180,14 +206,29 @@ class LRTTConfig:
         if self.transfer_lr is not None:
             _check.number(me, "transfer_lr", self.transfer_lr)
             if self.transfer_lr == 0:
-                raise _check.fail(me, "transfer_lr", "nonzero", self.transfer_lr,
-                                  "with 0 every transfer throws A B away; leave it at None")
+                raise _check.fail(
+                    me,
+                    "transfer_lr",
+                    "nonzero",
+                    self.transfer_lr,
+                    "with 0 every transfer throws A B away; leave it at None",
+                )
             if self.transfer_lr * self.alpha < 0:
-                raise _check.fail(me, "transfer_lr", f"of the sign of alpha = {self.alpha!r}", self.transfer_lr,
-                                  "with the other one C moves uphill; leave it at None")
+                raise _check.fail(
+                    me,
+                    "transfer_lr",
+                    f"of the sign of alpha = {self.alpha!r}",
+                    self.transfer_lr,
+                    "with the other one C moves uphill; leave it at None",
+                )
         if self.reinit_gain != "unit":
-            _check.number(me, "reinit_gain", self.reinit_gain, above=0.0,
-                          remedy="A = B = 0 is a fixed point; use 'unit' or a positive gain")
+            _check.number(
+                me,
+                "reinit_gain",
+                self.reinit_gain,
+                above=0.0,
+                remedy="A = B = 0 is a fixed point; use 'unit' or a positive gain",
+            )
         _check.choice(me, "transfer_unit", self.transfer_unit, ("steps", "samples"))
         _check.choice(me, "reinit", self.reinit, _REINITS)
         _check.choice(me, "grad_scale", self.grad_scale, ("none", "rsqrt", "sqrt"))
@@ -196,45 +237,92 @@ class LRTTConfig:
             if not isinstance(getattr(self, name), (IOConfig, type(None))):
                 raise TypeError(f"{me}: {name} must be an IOConfig or None, got {getattr(self, name)!r}")
         if self.io is None and self.io_backward is not None:
-            raise _check.fail(me, "io_backward", "None with io=None", self.io_backward,
-                              "for converters in the backward direction only, give io=IOConfig(is_perfect=True)")
+            raise _check.fail(
+                me,
+                "io_backward",
+                "None with io=None",
+                self.io_backward,
+                "for converters in the backward direction only, give io=IOConfig(is_perfect=True)",
+            )
         for name in ("fast_device", "visible_device"):
             device = getattr(self, name)
             if device is not None and not isinstance(device, Device):
                 raise TypeError(f"{me}: {name} must be a device of lightning_lrtt.devices or None, got {device!r}")
         self._check_pulses()
         if self.mode.startswith("pulsed") and self.visible_device is None:
-            raise _check.fail(me, "transfer_mode", "'auto' or 'digital' without a visible_device", self.transfer_mode,
-                              "give C a device, e.g. visible_device=devices.SoftBounds()")
+            raise _check.fail(
+                me,
+                "transfer_mode",
+                "'auto' or 'digital' without a visible_device",
+                self.transfer_mode,
+                "give C a device, e.g. visible_device=devices.SoftBounds()",
+            )
         if self.mode == "pulsed_residual":
             if self.reinit == "orthogonal":
-                raise _check.fail(me, "reinit", "'normal' or 'uniform' with transfer_mode='pulsed_residual'", self.reinit,
-                                  "rows of B that keep a residual cannot be made orthogonal to fresh ones")
+                raise _check.fail(
+                    me,
+                    "reinit",
+                    "'normal' or 'uniform' with transfer_mode='pulsed_residual'",
+                    self.reinit,
+                    "rows of B that keep a residual cannot be made orthogonal to fresh ones",
+                )
             if not self.transfer_pulse.update_management:
-                raise _check.fail(me, "transfer_pulse.update_management", "on with transfer_mode='pulsed_residual'",
-                                  False, "without it B saturates too and the rest is not rank r")
+                raise _check.fail(
+                    me,
+                    "transfer_pulse.update_management",
+                    "on with transfer_mode='pulsed_residual'",
+                    False,
+                    "without it B saturates too and the rest is not rank r",
+                )
 
     def _check_pulses(self) -> None:
         """Trains must suit what they are for."""
         me, kind = "LRTTConfig", self.pulse.pulse_type
         if kind == "none" and self.fast_device is not None:
-            raise _check.fail(me, "fast_device", "None with pulse.pulse_type='none'", type(self.fast_device).__name__,
-                              "nothing would read it; 'none_with_device' keeps its bounds")
+            raise _check.fail(
+                me,
+                "fast_device",
+                "None with pulse.pulse_type='none'",
+                type(self.fast_device).__name__,
+                "nothing would read it; 'none_with_device' keeps its bounds",
+            )
         if kind == "none_with_device" and self.fast_device is None:
-            raise _check.fail(me, "pulse.pulse_type", "'none' without a fast_device", kind, "there are no bounds to clip to")
+            raise _check.fail(
+                me, "pulse.pulse_type", "'none' without a fast_device", kind, "there are no bounds to clip to"
+            )
         if kind == "none_with_device" and self.fast_device is not None and self.fast_device.planes:
-            raise _check.fail(me, "fast_device", "one that holds nothing but the weight with pulse.pulse_type='none_with_device'",
-                              type(self.fast_device).__name__, "write noise and pairs need pulses")
+            raise _check.fail(
+                me,
+                "fast_device",
+                "one that holds nothing but the weight with pulse.pulse_type='none_with_device'",
+                type(self.fast_device).__name__,
+                "write noise and pairs need pulses",
+            )
         train = self.transfer_pulse
         if not train.is_pulsed:
-            raise _check.fail(me, "transfer_pulse.pulse_type", "a pulsed one", train.pulse_type,
-                              "transfer_mode='digital' moves A B in floating point, clipped to the bounds of visible_device")
+            raise _check.fail(
+                me,
+                "transfer_pulse.pulse_type",
+                "a pulsed one",
+                train.pulse_type,
+                "transfer_mode='digital' moves A B in floating point, clipped to the bounds of visible_device",
+            )
         if not train.fixed_bl:
-            raise _check.fail(me, "transfer_pulse.fixed_bl", "True", False,
-                              "a transfer splits what needs more slots into words; raise desired_bl or transfer_max_words")
+            raise _check.fail(
+                me,
+                "transfer_pulse.fixed_bl",
+                "True",
+                False,
+                "a transfer splits what needs more slots into words; raise desired_bl or transfer_max_words",
+            )
         if train.um_grad_scale != 1.0:
-            raise _check.fail(me, "transfer_pulse.um_grad_scale", "1", train.um_grad_scale,
-                              "it would cut entries of A for which there are words")
+            raise _check.fail(
+                me,
+                "transfer_pulse.um_grad_scale",
+                "1",
+                train.um_grad_scale,
+                "it would cut entries of A for which there are words",
+            )
 
     @property
     def tau(self) -> float:

@@ -48,9 +48,17 @@ class ResumableLoader:
         True
     """
 
-    def __init__(self, dataset: Dataset[Any] | Any, batch_size: int = 1, shuffle: bool = True, seed: int = 0,
-                 drop_last: bool = False, num_workers: int = 0, collate_fn: Callable[..., Any] | None = None,
-                 pin_memory: bool = False) -> None:
+    def __init__(
+        self,
+        dataset: Dataset[Any] | Any,
+        batch_size: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        collate_fn: Callable[..., Any] | None = None,
+        pin_memory: bool = False,
+    ) -> None:
         _check.integer("ResumableLoader", "batch_size", batch_size, low=1)
         _check.integer("ResumableLoader", "seed", seed, low=0)
         _check.integer("ResumableLoader", "num_workers", num_workers, low=0)
@@ -96,14 +104,25 @@ class ResumableLoader:
         inside = 0 < state["batch"] < state["batches"]
         for name, value in self._depends_on().items():
             if inside and state["order"][name] != value:
-                raise _check.fail("ResumableLoader", name, f"as in the checkpoint, {state['order'][name]!r}", value,
-                                  "it lies in the middle of an epoch, whose order depends on it")
+                raise _check.fail(
+                    "ResumableLoader",
+                    name,
+                    f"as in the checkpoint, {state['order'][name]!r}",
+                    value,
+                    "it lies in the middle of an epoch, whose order depends on it",
+                )
         self._epoch, self._batch = state["epoch"], state["batch"]
         self._next = (self._epoch, self._batch) if state["batch"] < state["batches"] else (self._epoch + 1, 0)
 
     def _depends_on(self) -> dict[str, Any]:
-        return {"seed": self.seed, "batch_size": self.batch_size, "shuffle": self.shuffle, "drop_last": self.drop_last,
-                "samples": len(self.dataset), "processes": _process()[1]}
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "drop_last": self.drop_last,
+            "samples": len(self.dataset),
+            "processes": _process()[1],
+        }
 
     @property
     def options(self) -> dict[str, Any]:

@@ -20,8 +20,18 @@ from lightning_lrtt.nn import identity
 __all__ = ["digital_state_dict", "export_checkpoint"]
 
 log = logging.getLogger(__name__)
-_OWN = ("A", "B", "tile_state", "tile_counts", "tile_reads", "A_cells", "B_cells", "C_cells", "output_scale",
-        "_extra_state")
+_OWN = (
+    "A",
+    "B",
+    "tile_state",
+    "tile_counts",
+    "tile_reads",
+    "A_cells",
+    "B_cells",
+    "C_cells",
+    "output_scale",
+    "_extra_state",
+)
 _SUFFIXES = (".safetensors", ".pt")
 
 
@@ -48,17 +58,32 @@ def digital_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     me = "digital_state_dict"
     tiles = [name.removesuffix("tile_state") for name in state_dict if name.rpartition(".")[2] == "tile_state"]
     if not tiles:
-        raise _check.fail(me, "state_dict", "that of a model with LR-TT tiles",
-                          f"{len(state_dict)} entries without any", "a digital checkpoint needs no export")
+        raise _check.fail(
+            me,
+            "state_dict",
+            "that of a model with LR-TT tiles",
+            f"{len(state_dict)} entries without any",
+            "a digital checkpoint needs no export",
+        )
     digital = dict(state_dict)
     for prefix in tiles:
         own = {name: digital.pop(prefix + name, None) for name in _OWN}
         if own["_extra_state"] is None:
-            raise _check.fail(me, prefix + "_extra_state", "there, since alpha is in it", None,
-                              "load the checkpoint into the model after convert_to_lrtt and save it again")
+            raise _check.fail(
+                me,
+                prefix + "_extra_state",
+                "there, since alpha is in it",
+                None,
+                "load the checkpoint into the model after convert_to_lrtt and save it again",
+            )
         if own["A"] is None or own["B"] is None or prefix + "weight" not in digital:
-            raise _check.fail(me, f"the tile {prefix.removesuffix('.')!r}", "complete (weight, A, B)", "only a part",
-                              "give the whole state dict")
+            raise _check.fail(
+                me,
+                f"the tile {prefix.removesuffix('.')!r}",
+                "complete (weight, A, B)",
+                "only a part",
+                "give the whole state dict",
+            )
         said = identity.decode(own["_extra_state"])
         weight = _effective(digital[prefix + "weight"], own["A"], own["B"], said["alpha"])
         if own["output_scale"] is not None:
@@ -72,8 +97,14 @@ def _effective(c: Tensor, a: Tensor, b: Tensor, alpha: float) -> Tensor:
     return torch.addmm(c.reshape(a.shape[0], -1), a, b, alpha=alpha).view(c.shape)  # TileModule.effective_weight's bits
 
 
-def export_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str], *, prefix: str = "",
-                      overwrite: bool = False, weights_only: bool = True) -> dict[str, Any]:
+def export_checkpoint(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    prefix: str = "",
+    overwrite: bool = False,
+    weights_only: bool = True,
+) -> dict[str, Any]:
     """Write the digital state dict of a checkpoint with tiles.
 
     Args:
@@ -107,11 +138,14 @@ def export_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[
     if target.suffix not in _SUFFIXES:
         raise _check.fail(me, "target", f"a file named *{' or *'.join(_SUFFIXES)}", str(target))
     if not source.is_file():
-        raise FileNotFoundError(f"{me}: source must be a checkpoint file, got {str(source)!r}, which is "
-                                f"{'a folder' if source.is_dir() else 'not there'}")
+        raise FileNotFoundError(
+            f"{me}: source must be a checkpoint file, got {str(source)!r}, which is "
+            f"{'a folder' if source.is_dir() else 'not there'}"
+        )
     if target.exists() and not overwrite:
-        raise FileExistsError(f"{me}: target must be a new file, got {str(target)!r}; --overwrite (overwrite=True) "
-                              "replaces it")
+        raise FileExistsError(
+            f"{me}: target must be a new file, got {str(target)!r}; --overwrite (overwrite=True) replaces it"
+        )
     state = _read(source, weights_only)
     if prefix:
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -159,8 +193,10 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError:
-        raise ImportError("export: safetensors must be installed for *.safetensors, but it is not; "
-                          "pip install safetensors, or export to *.pt") from None
+        raise ImportError(
+            "export: safetensors must be installed for *.safetensors, but it is not; "
+            "pip install safetensors, or export to *.pt"
+        ) from None
     return safetensors.torch
 
 
@@ -171,23 +207,29 @@ def main(args: Sequence[str]) -> None:
         args: Command line after ``export``.
     """
     parser = argparse.ArgumentParser(
-        prog="lrtt export", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="lrtt export",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Turn a checkpoint with LR-TT tiles into a digital state dict: each weight becomes C + alpha A B,\n"
-                    "and the file loads into the original model with strict=True.",
+        "and the file loads into the original model with strict=True.",
         epilog="examples:\n"
-               "  lrtt export logs/run/version_0/checkpoints/last.ckpt --to digits.safetensors\n"
-               "  lrtt export last.ckpt --to gpt2.safetensors --prefix model.   # the module's self.model alone\n\n"
-               "in Python: lightning_lrtt.export.export_checkpoint, or convert_to_digital(module) for a live model")
+        "  lrtt export logs/run/version_0/checkpoints/last.ckpt --to digits.safetensors\n"
+        "  lrtt export last.ckpt --to gpt2.safetensors --prefix model.   # the module's self.model alone\n\n"
+        "in Python: lightning_lrtt.export.export_checkpoint, or convert_to_digital(module) for a live model",
+    )
     parser.add_argument("checkpoint", help="Lightning checkpoint, or a state dict (.pt, .safetensors)")
     parser.add_argument("--to", required=True, metavar="FILE", help="file to write, *.safetensors or *.pt")
     parser.add_argument("--prefix", default="", help="keep only names that start with it, and take it off")
     parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
-    parser.add_argument("--unsafe", action="store_true",
-                        help="unpickle any object of the checkpoint, which can run code: only for files that you trust")
+    parser.add_argument(
+        "--unsafe",
+        action="store_true",
+        help="unpickle any object of the checkpoint, which can run code: only for files that you trust",
+    )
     given = parser.parse_args(args)
     try:
-        state = export_checkpoint(given.checkpoint, given.to, prefix=given.prefix, overwrite=given.overwrite,
-                                  weights_only=not given.unsafe)
+        state = export_checkpoint(
+            given.checkpoint, given.to, prefix=given.prefix, overwrite=given.overwrite, weights_only=not given.unsafe
+        )
     except (OSError, ValueError, ImportError) as error:
         parser.exit(1, f"lrtt {error}\n")
     log.info("lrtt export: wrote %d tensors to %s", len(state), given.to)

@@ -68,8 +68,14 @@ class LRTT(Optimizer):
         True
     """
 
-    def __init__(self, params: Any = None, lr: float = 0.01, digital: Callable[..., Optimizer] | Optimizer | None = None,
-                 tile_lr_scale: float = 1.0, on_nonfinite: str = "raise") -> None:
+    def __init__(
+        self,
+        params: Any = None,
+        lr: float = 0.01,
+        digital: Callable[..., Optimizer] | Optimizer | None = None,
+        tile_lr_scale: float = 1.0,
+        on_nonfinite: str = "raise",
+    ) -> None:
         if not isinstance(lr, Tensor):
             _check.number("LRTT", "lr", lr, low=0.0)
         _check.number("LRTT", "tile_lr_scale", tile_lr_scale, above=0.0)
@@ -85,8 +91,13 @@ class LRTT(Optimizer):
         self._bad_seen: dict[int, int] = {}
         if isinstance(digital, Optimizer):
             if params is not None:
-                raise _check.fail("LRTT", "params", "None with a digital optimizer instance", "parameters",
-                                  "the instance's groups are used")
+                raise _check.fail(
+                    "LRTT",
+                    "params",
+                    "None with a digital optimizer instance",
+                    "parameters",
+                    "the instance's groups are used",
+                )
             super().__init__([{"params": list(group["params"])} for group in digital.param_groups], {})
             self.digital = digital
         else:
@@ -96,8 +107,13 @@ class LRTT(Optimizer):
             self.digital = (digital or SGD)(self.param_groups)
         self._share()
         if takes_closure(self.digital):
-            raise _check.fail("LRTT", "digital", "an optimizer that steps without a closure",
-                              type(self.digital).__name__, "pulses cannot be taken back: use SGD or Adam")
+            raise _check.fail(
+                "LRTT",
+                "digital",
+                "an optimizer that steps without a closure",
+                type(self.digital).__name__,
+                "pulses cannot be taken back: use SGD or Adam",
+            )
         self.reduced = _REDUCED.get()
         self._expected, self._checked = 0, False
         self.adopt_factors()
@@ -217,17 +233,25 @@ class LRTT(Optimizer):
         if exact:
             pairs = [(tile, lr, p) for tile, lr in exact for p in (tile.A, tile.B)]
             ops.digital_update_(
-                [p.detach() for _, _, p in pairs], [p.grad for _, _, p in pairs], [lr for _, lr, _ in pairs],
-                [tile.tile_state for tile, _, _ in pairs], [tile.tile_counts for tile, _, _ in pairs],
+                [p.detach() for _, _, p in pairs],
+                [p.grad for _, _, p in pairs],
+                [lr for _, lr, _ in pairs],
+                [tile.tile_state for tile, _, _ in pairs],
+                [tile.tile_counts for tile, _, _ in pairs],
                 [tile.config.factor_scale for tile, _, _ in pairs],
             )
         _bound([tile for tile, _ in exact])
         _relax(modules)
         self._notify("before_transfer", modules)
         ops.transfer_(
-            [tile.A.detach() for tile in modules], [tile.B.detach() for tile in modules], [tile.matrix for tile in modules],
-            [tile.tile_state for tile in modules], [tile.tile_counts for tile in modules], [tile.hyper for tile in modules],
-            [tile.latch.samples if tile.config.transfer_unit == "samples" else 1 for tile in modules], False,
+            [tile.A.detach() for tile in modules],
+            [tile.B.detach() for tile in modules],
+            [tile.matrix for tile in modules],
+            [tile.tile_state for tile in modules],
+            [tile.tile_counts for tile in modules],
+            [tile.hyper for tile in modules],
+            [tile.latch.samples if tile.config.transfer_unit == "samples" else 1 for tile in modules],
+            False,
             [cells for tile in modules for cells in tile.cells(A, B, C)],
         )
         self._notify("after_transfer", modules)
@@ -242,7 +266,9 @@ class LRTT(Optimizer):
             scale += [tile.config.alpha * tile.config.factor_scale] * 2
             rates += [lr, lr]
         ops.pulse_scale_(list(eta), grads, first, rates, scale)
-        chunks = [_factor_jobs(tile, array, eta[2 * i + array]) for i, (tile, _) in enumerate(members) for array in (A, B)]
+        chunks = [
+            _factor_jobs(tile, array, eta[2 * i + array]) for i, (tile, _) in enumerate(members) for array in (A, B)
+        ]
         # Chunks of one array follow each other; only the round that runs is unfolded.
         while jobs := [job for job in (next(chunk, None) for chunk in chunks) if job is not None]:
             _call(ops.pulsed_update_, jobs)
@@ -374,6 +400,16 @@ def _factor_jobs(tile: TileModule, array: int, eta: Tensor) -> Iterator[tuple[An
         else:
             d = tile.samples(call.da)
             for offset, x in tile.patches(call.x):
-                yield (tile.B.detach(), x, d[offset : offset + x.shape[0]], eta, tile.tile_state, tile.tile_counts, tile.hyper,
-                       B, first + offset, tile.cells(B))
+                yield (
+                    tile.B.detach(),
+                    x,
+                    d[offset : offset + x.shape[0]],
+                    eta,
+                    tile.tile_state,
+                    tile.tile_counts,
+                    tile.hyper,
+                    B,
+                    first + offset,
+                    tile.cells(B),
+                )
         first += -(-d.shape[0] // BLOCK_SAMPLES) * BLOCK_SAMPLES

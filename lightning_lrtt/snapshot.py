@@ -127,9 +127,7 @@ class Snapshot:
             RuntimeError: Before `take` (a registration asks for a new one), and as in `take`.
         """
         if not self._taken:
-            raise RuntimeError(
-                "Snapshot: restore must follow take, got no snapshot of what is registered; call take()"
-            )
+            raise RuntimeError("Snapshot: restore must follow take, got no snapshot of what is registered; call take()")
         self._refuse_capture()
         for name, tensor in self._tensors.items():
             tensor.copy_(self._saved[name])

@@ -139,5 +139,14 @@ def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def clean_environment(**more: str) -> dict[str, str]:
     """The environment of a fresh process: without what an earlier group of workers left in ours."""
-    left = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "LOCAL_WORLD_SIZE"}
+    left = {
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+        "GROUP_RANK",
+        "NODE_RANK",
+        "LOCAL_WORLD_SIZE",
+    }
     return {name: value for name, value in os.environ.items() if name not in left} | more

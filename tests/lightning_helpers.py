@@ -48,8 +48,12 @@ def loader(batches: int = 20) -> DataLoader:
 def trainer(tmp_path: Path, callbacks: list[Any], config: LRTTConfig | None = DIGITAL, **kwargs: Any) -> pl.Trainer:
     """A quiet Trainer with a TensorBoard logger."""
     defaults = {
-        "max_epochs": 1, "log_every_n_steps": 5, "enable_progress_bar": False, "enable_checkpointing": False,
-        "enable_model_summary": False, "accelerator": "cpu",
+        "max_epochs": 1,
+        "log_every_n_steps": 5,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
         "logger": TensorBoardLogger(str(tmp_path), name="run", version=0),
         "strategy": "auto" if config is None else LRTTStrategy(config=config),
     }

@@ -61,8 +61,14 @@ class Transformer(nn.Module):
 def network(kind: str) -> tuple[nn.Module, tuple[int, ...]]:
     """A small network and the shape of its input."""
     if kind == "conv":
-        body = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(),
-                             nn.Linear(4 * 16, 3))
+        body = nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3),
+            nn.Flatten(),
+            nn.Linear(4 * 16, 3),
+        )
         return body, (1, 6, 6)
     if kind == "transformer":
         return Transformer(), (5, 8)
@@ -92,8 +98,13 @@ class Net(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), lr=0.02)
-        return {"optimizer": optimizer, "lr_scheduler": {
-            "scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.2), "monitor": "val/loss"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=0.2),
+                "monitor": "val/loss",
+            },
+        }
 
 
 def digest(module: nn.Module) -> str:
@@ -105,9 +116,23 @@ def digest(module: nn.Module) -> str:
     return sha.hexdigest()[:16]
 
 
-def fit(workers: int, kind: str = "mlp", config: LRTTConfig | None = None, *, epochs: int = 2, resume: str | None = None,
-        save: str | None = None, trouble: Any = None, batch: int = BATCH, rows: int = ROWS, bad: int = -1, drop_last: bool = False,
-        accelerator: str = "cpu", trainer: dict[str, Any] | None = None, **strategy: Any) -> dict[str, Any]:
+def fit(
+    workers: int,
+    kind: str = "mlp",
+    config: LRTTConfig | None = None,
+    *,
+    epochs: int = 2,
+    resume: str | None = None,
+    save: str | None = None,
+    trouble: Any = None,
+    batch: int = BATCH,
+    rows: int = ROWS,
+    bad: int = -1,
+    drop_last: bool = False,
+    accelerator: str = "cpu",
+    trainer: dict[str, Any] | None = None,
+    **strategy: Any,
+) -> dict[str, Any]:
     """Train in this process, which is one of ``workers``; return the digest and what the tests look at."""
     warnings.simplefilter("ignore")
     pl.seed_everything(3, verbose=False)
@@ -115,17 +140,34 @@ def fit(workers: int, kind: str = "mlp", config: LRTTConfig | None = None, *, ep
     options: dict[str, Any] = {"exclude": ["*"]} if config is None else {"config": config}
     defaults = {"timeout": 60.0, "verify_every": 3}
     run = pl.Trainer(
-        accelerator=accelerator, devices=workers, strategy=LRTTDDPStrategy(**(options | defaults | strategy)), max_epochs=epochs,
-        **({"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "enable_checkpointing": False,
-            "gradient_clip_val": 1.0, "num_sanity_val_steps": 0} | (trainer or {})),
+        accelerator=accelerator,
+        devices=workers,
+        strategy=LRTTDDPStrategy(**(options | defaults | strategy)),
+        max_epochs=epochs,
+        **(
+            {
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+                "logger": False,
+                "enable_checkpointing": False,
+                "gradient_clip_val": 1.0,
+                "num_sanity_val_steps": 0,
+            }
+            | (trainer or {})
+        ),
     )
     loader = DataLoader(Rows(model.shape, rows, bad), batch_size=batch, shuffle=True, drop_last=drop_last)
     run.fit(model, loader, DataLoader(Rows(model.shape, 30), batch_size=8), ckpt_path=resume)
     if save is not None:
         run.save_checkpoint(save)
-    return {"digest": digest(model), "step": run.global_step, "calls": model.calls, "loss": float(run.callback_metrics.get("train/loss", 0.0)),
-            "lr": run.optimizers[0].param_groups[0]["lr"],
-            "metrics": {k: float(v) for k, v in run.callback_metrics.items()}}
+    return {
+        "digest": digest(model),
+        "step": run.global_step,
+        "calls": model.calls,
+        "loss": float(run.callback_metrics.get("train/loss", 0.0)),
+        "lr": run.optimizers[0].param_groups[0]["lr"],
+        "metrics": {k: float(v) for k, v in run.callback_metrics.items()},
+    }
 
 
 # -------------------------------------------------------------- processes
@@ -191,7 +233,11 @@ def _worker(pipe: Any, rank: int, workers: int, port: int, job: Callable[..., An
         try:
             pipe.send(("result", job(workers, *args, **kwargs)))
         except BaseException as error:
-            text = "".join(traceback.format_exception(error)) if os.environ.get("SEGMENT_TRACE") else f"{type(error).__name__}: {error}"
+            text = (
+                "".join(traceback.format_exception(error))
+                if os.environ.get("SEGMENT_TRACE")
+                else f"{type(error).__name__}: {error}"
+            )
             pipe.send(("error", text))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -23,7 +23,13 @@ def dies_once(model: pl.LightningModule) -> None:
 
 if __name__ == "__main__":
     last = folder / "last.ckpt"
-    result = jobs.fit(2, "mlp", jobs.PULSED, trouble=dies_once, resume=str(last) if last.exists() else None,
-                      trainer=jobs.keep_all(folder))
+    result = jobs.fit(
+        2,
+        "mlp",
+        jobs.PULSED,
+        trouble=dies_once,
+        resume=str(last) if last.exists() else None,
+        trainer=jobs.keep_all(folder),
+    )
     if int(os.environ["RANK"]) == 0:
         (folder / "digest").write_text(result["digest"])

@@ -15,7 +15,7 @@ from features import feature
 
 from lightning_lrtt.cli import main
 
-MODEL = '''
+MODEL = """
 import lightning.pytorch as pl
 import torch
 from torch import nn
@@ -56,7 +56,7 @@ class Data(pl.LightningDataModule):
 
     def test_dataloader(self):
         return DataLoader(self.data, 40)
-'''
+"""
 
 CONFIG = """
 seed_everything: 3
@@ -174,11 +174,25 @@ def test_other_subcommands(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("optimizer", ["Adam", "LRTT"])
 def test_short_names_and_an_optimizer_from_the_command_line(folder: Path, optimizer: str) -> None:
     """LightningCLI builds this optimizer at parse time, before any tile exists."""
-    main(["fit", "--model=tiny_module.Model", "--data=tiny_module.Data", "--trainer.strategy=LRTTStrategy",
-          "--trainer.strategy.config.rank=2", f"--optimizer={optimizer}", "--optimizer.lr=0.05",
-          "--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false",
-          "--trainer.log_every_n_steps=5", "--trainer.callbacks+=TileMonitor", "--trainer.logger=TensorBoardLogger",
-          "--trainer.logger.save_dir=logs", "--trainer.logger.name=run"])
+    main(
+        [
+            "fit",
+            "--model=tiny_module.Model",
+            "--data=tiny_module.Data",
+            "--trainer.strategy=LRTTStrategy",
+            "--trainer.strategy.config.rank=2",
+            f"--optimizer={optimizer}",
+            "--optimizer.lr=0.05",
+            "--trainer.accelerator=cpu",
+            "--trainer.max_epochs=1",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.log_every_n_steps=5",
+            "--trainer.callbacks+=TileMonitor",
+            "--trainer.logger=TensorBoardLogger",
+            "--trainer.logger.save_dir=logs",
+            "--trainer.logger.name=run",
+        ]
+    )
     state = weights(folder, 0)
     assert float(state["net.0.A"].abs().max()) > 0
 
@@ -188,12 +202,16 @@ def test_strategy_by_name(folder: Path) -> None:
     assert weights(folder, 0)["net.2.A"].shape == (3, 3)  # rank 8, lowered to min(d, k)
 
 
-@pytest.mark.parametrize(("old", "new", "key"), [
-    ("rank: 2", "rnak: 2", "rnak"),
-    ("dw_min: 0.002, w_max", "dw_mni: 0.002, w_max", "dw_mni"),
-    ("max_epochs: 2", "max_epoch: 2", "max_epoch"),
-    ("exclude: [net.2]", "excluded: [net.2]", "excluded"),
-], ids=["config", "device", "trainer", "strategy"])
+@pytest.mark.parametrize(
+    ("old", "new", "key"),
+    [
+        ("rank: 2", "rnak: 2", "rnak"),
+        ("dw_min: 0.002, w_max", "dw_mni: 0.002, w_max", "dw_mni"),
+        ("max_epochs: 2", "max_epoch: 2", "max_epoch"),
+        ("exclude: [net.2]", "excluded: [net.2]", "excluded"),
+    ],
+    ids=["config", "device", "trainer", "strategy"],
+)
 def test_an_unknown_key_is_named(folder: Path, capfd: pytest.CaptureFixture[str], old: str, new: str, key: str) -> None:
     assert old in CONFIG
     (folder / "fit.yaml").write_text(CONFIG.replace(old, new, 1))

@@ -29,8 +29,16 @@ def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def accuracy(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], *args: str) -> float:
     """Test accuracy that ``lrtt fit`` prints."""
-    main(["fit", "--config", f"examples/digits/{name}.yaml", f"--trainer.logger.save_dir={tmp_path}",
-          "--trainer.accelerator=cpu", *args])
+    main(
+        [
+            "fit",
+            "--config",
+            f"examples/digits/{name}.yaml",
+            f"--trainer.logger.save_dir={tmp_path}",
+            "--trainer.accelerator=cpu",
+            *args,
+        ]
+    )
     printed = re.search(r"test/acc\W+([0-9.]+)", capsys.readouterr().out)
     assert printed is not None
     return float(printed.group(1))
@@ -53,8 +61,12 @@ def test_convnet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def autoencoder(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> float:
     """Validation loss that ``lrtt fit`` and then ``lrtt validate`` of its checkpoint print, after 4 of 30 epochs."""
-    args = ["--config", f"examples/autoencoder/{name}.yaml", f"--trainer.logger.save_dir={tmp_path}",
-            "--trainer.accelerator=cpu"]
+    args = [
+        "--config",
+        f"examples/autoencoder/{name}.yaml",
+        f"--trainer.logger.save_dir={tmp_path}",
+        "--trainer.accelerator=cpu",
+    ]
     main(["fit", *args, "--trainer.max_epochs=4"])
     checkpoint = next(tmp_path.glob(f"autoencoder_{name}/version_0/checkpoints/*.ckpt"))
     capsys.readouterr()

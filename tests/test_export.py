@@ -23,7 +23,8 @@ from lightning_lrtt.nn import LRTTLinear, find_tiles
 from lightning_lrtt.nn.identity import decode
 
 needs_safetensors = pytest.mark.skipif(
-    importlib.util.find_spec("safetensors") is None, reason="needs safetensors (pip install safetensors)")
+    importlib.util.find_spec("safetensors") is None, reason="needs safetensors (pip install safetensors)"
+)
 both = pytest.mark.parametrize("config", [DIGITAL, PULSED], ids=["digital", "pulsed"])
 
 
@@ -183,12 +184,18 @@ SOFT = devices.SoftBounds(dw_min=0.002)
 DISAGREE = {
     "rank": (LRTTConfig(rank=3), r"rank is 2 in the checkpoint and 3 here"),
     "alpha": (LRTTConfig(rank=2, alpha=0.5), r"alpha is 1.0 in the checkpoint and 0.5 here"),
-    "no-device": (LRTTConfig(rank=2, visible_device=SOFT),
-                  r"fast_device is SoftBounds in the checkpoint and None here"),
-    "device": (LRTTConfig(rank=2, visible_device=SOFT, fast_device=devices.ConstantStep()),
-               r"fast_device is SoftBounds in the checkpoint and ConstantStep here"),
-    "field": (LRTTConfig(rank=2, fast_device=SOFT, visible_device=devices.SoftBounds(dw_min=0.001)),
-              r"visible_device\.dw_min is 0\.002 in the checkpoint and 0\.001 here"),
+    "no-device": (
+        LRTTConfig(rank=2, visible_device=SOFT),
+        r"fast_device is SoftBounds in the checkpoint and None here",
+    ),
+    "device": (
+        LRTTConfig(rank=2, visible_device=SOFT, fast_device=devices.ConstantStep()),
+        r"fast_device is SoftBounds in the checkpoint and ConstantStep here",
+    ),
+    "field": (
+        LRTTConfig(rank=2, fast_device=SOFT, visible_device=devices.SoftBounds(dw_min=0.001)),
+        r"visible_device\.dw_min is 0\.002 in the checkpoint and 0\.001 here",
+    ),
 }
 
 

@@ -194,7 +194,5 @@ def test_averaged_model_in_a_loop(config: LRTTConfig) -> None:
 def test_models_that_differ_are_told() -> None:
     net = convert_to_lrtt(nn.Sequential(nn.Linear(6, 5)), LRTTConfig(rank=1))
     averaged = average_effective_weights(AveragedModel(nn.Sequential(nn.Linear(6, 5))))
-    with pytest.raises(
-        ValueError, match=r"tiles must be the same in both models, got \[\] and \['0'\]; copy"
-    ):
+    with pytest.raises(ValueError, match=r"tiles must be the same in both models, got \[\] and \['0'\]; copy"):
         averaged.update_parameters(net)

@@ -96,9 +96,7 @@ def test_lbfgs(tmp_path: Path, config: LRTTConfig) -> None:
 @both
 def test_lbfgs_in_a_loop(config: LRTTConfig) -> None:
     net = convert_to_lrtt(nn.Linear(6, 3), config)
-    with pytest.raises(
-        ValueError, match=r"digital must be an optimizer that steps without a closure, got 'LBFGS'"
-    ):
+    with pytest.raises(ValueError, match=r"digital must be an optimizer that steps without a closure, got 'LBFGS'"):
         LRTT(digital=torch.optim.LBFGS(net.parameters()))
 
 
@@ -131,8 +129,13 @@ class Own(Net):
 
 def ddp(tmp_path: Path, tiles: str) -> subprocess.CompletedProcess[str]:
     """Two workers, forked by a process of their own: one in which gloo has run already must not fork."""
-    return subprocess.run([sys.executable, __file__, tiles, str(tmp_path)], capture_output=True, text=True, timeout=120,
-                          env=clean_environment())
+    return subprocess.run(
+        [sys.executable, __file__, tiles, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=clean_environment(),
+    )
 
 
 @feature("Distributed", "plain ddp with a module's own tiles", tiles="pulsed", refused=True)
@@ -193,9 +196,7 @@ def test_replaced_parameters(tmp_path: Path, config: LRTTConfig) -> None:
     optimizer = LRTT(net.parameters(), lr=0.05)
     flat = torch.cat([p.detach().flatten() for p in net.parameters()]).requires_grad_()
     optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(
-        RuntimeError, match=r"1 tiles must stay in its groups, got none; .*DeepSpeed.* use Trainer\("
-    ):
+    with pytest.raises(RuntimeError, match=r"1 tiles must stay in its groups, got none; .*DeepSpeed.* use Trainer\("):
         optimizer.step()
 
 

@@ -404,12 +404,22 @@ def test_default_surrogate_of_a_system_by_autograd() -> None:
     assert error({"w": bptt(system, x, y, 300)["w"]}, {"w": found}) < 1e-5
 
 
-@pytest.mark.parametrize("name", [
-    "snapshot", "callbacks.free_nudged_monitor",
-    "free_nudged.diagnostics", "free_nudged.engine", "free_nudged.estimator",
-    "free_nudged.hopfield", "free_nudged.hopfield_conv", "free_nudged.module", "free_nudged.resistive",
-    "free_nudged.stats", "free_nudged.system",
-])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "snapshot",
+        "callbacks.free_nudged_monitor",
+        "free_nudged.diagnostics",
+        "free_nudged.engine",
+        "free_nudged.estimator",
+        "free_nudged.hopfield",
+        "free_nudged.hopfield_conv",
+        "free_nudged.module",
+        "free_nudged.resistive",
+        "free_nudged.stats",
+        "free_nudged.system",
+    ],
+)
 def test_examples_in_docstrings(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"lightning_lrtt.{name}"))
     assert results.attempted > 0 and results.failed == 0

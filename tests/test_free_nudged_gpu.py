@@ -18,9 +18,7 @@ from lightning_lrtt.free_nudged.estimator import KINDS
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no CUDA device: GPU tests run on a machine that has one"
-    ),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: GPU tests run on a machine that has one"),
 ]
 needs_kernels = pytest.mark.skipif(not build_info()["with_cuda"], reason="this build has CPU kernels only")
 Step = Callable[[], None]

@@ -88,9 +88,7 @@ def test_difference_form_programs_less() -> None:
         system = on_tiles(PULSED, torch.float32)
         engine = TwoPhase(system, Estimator(), 40, 12, form=form)  # type: ignore[arg-type]
         engine.surrogate(x, engine.run(x, y)).backward()
-        sent[form] = [
-            float((c.d.abs().t() @ c.x.abs()).sum()) for c in (tile.latch.calls[0] for tile in system.layers)
-        ]
+        sent[form] = [float((c.d.abs().t() @ c.x.abs()).sum()) for c in (tile.latch.calls[0] for tile in system.layers)]
     ratios = [direct / difference for direct, difference in zip(sent["direct"], sent["difference"], strict=True)]
     assert ratios[0] > 5 and min(ratios) > 1.5
 

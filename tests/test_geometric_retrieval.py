@@ -49,9 +49,7 @@ def test_metric_forms_equal_dense() -> None:
     many = torch.randn(3, 4, 4, generator=generator, dtype=DOUBLE)
 
     def dense(m: Tensor) -> Tensor:
-        return torch.stack(
-            [torch.stack([row @ (m[b] if m.dim() == 3 else m) @ row for row in v[b]]) for b in range(3)]
-        )
+        return torch.stack([torch.stack([row @ (m[b] if m.dim() == 3 else m) @ row for row in v[b]]) for b in range(3)])
 
     torch.testing.assert_close(geometry.diagonal(v, g), dense(g.diag()))
     torch.testing.assert_close(geometry.full(v, matrix), dense(matrix))

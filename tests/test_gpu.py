@@ -48,14 +48,23 @@ def assert_same(results, names):
         assert torch.equal(cpu, gpu), f"{name} differs: {(cpu != gpu).sum()} of {cpu.numel()}"
 
 
-@pytest.mark.parametrize("pulse", [PulseConfig(), PulseConfig(desired_bl=7, update_management=False),
-                                   PulseConfig(desired_bl=3, update_bl_management=False)], ids=["default", "bl7", "bl3"])
+@pytest.mark.parametrize(
+    "pulse",
+    [
+        PulseConfig(),
+        PulseConfig(desired_bl=7, update_management=False),
+        PulseConfig(desired_bl=3, update_bl_management=False),
+    ],
+    ids=["default", "bl7", "bl3"],
+)
 @pytest.mark.parametrize("scale", [1e-3, 0.3], ids=["light", "heavy"])
 @pytest.mark.parametrize("samples", [1, 300, 700])
 @pytest.mark.parametrize("device", DEVICES)
 def test_pulsed_update_bits(device, samples, scale, pulse):
     """A pulsed update of a wide and a tall array gives the same weights and counts on both devices."""
-    config = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=DEVICES[device], visible_device=DEVICES[device], pulse=pulse)
+    config = LRTTConfig(
+        rank=1, reinit_gain=1.0, fast_device=DEVICES[device], visible_device=DEVICES[device], pulse=pulse
+    )
     for array, (rows, columns) in enumerate([(90, 5), (6, 130), (40, 70)]):
         generator = torch.Generator().manual_seed(rows + samples)
         w = 0.1 * torch.randn(rows, columns, generator=generator)
@@ -81,8 +90,9 @@ def test_pulse_type_bits(case, device):
     """Every pulse type, length and grid: several blocks, both orientations, rows shorter and longer than a warp."""
     samples = 1100 if PULSES[case].longest <= 100 else 70
     for array, (rows, columns) in enumerate([(90, 5), (6, 130), (40, 70)]):
-        config = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=DEVICES[device], visible_device=DEVICES[device],
-                            pulse=PULSES[case])
+        config = LRTTConfig(
+            rank=1, reinit_gain=1.0, fast_device=DEVICES[device], visible_device=DEVICES[device], pulse=PULSES[case]
+        )
         generator = torch.Generator().manual_seed(rows)
         w = 0.1 * torch.randn(rows, columns, generator=generator)
         x, d = (torch.randn(samples, n, generator=generator) for n in (columns, rows))
@@ -101,8 +111,11 @@ def test_pulse_type_bits(case, device):
 
 
 @pytest.mark.parametrize("case", ["stochastic_100", "grid_random", "mean_count", "mean_count_long", "implicit_random"])
-@pytest.mark.parametrize("device", [devices.SoftBounds(write_noise_std=3.0), devices.OneSided(device=devices.SoftBounds())],
-                         ids=["noisy", "pair"])
+@pytest.mark.parametrize(
+    "device",
+    [devices.SoftBounds(write_noise_std=3.0), devices.OneSided(device=devices.SoftBounds())],
+    ids=["noisy", "pair"],
+)
 def test_pulse_type_bits_on_cells_that_hold_more(device, case):
     """Write noise and pairs under long and counted trains."""
     for rows, columns in [(90, 5), (6, 130)]:
@@ -127,8 +140,15 @@ def test_transfer_pulse_type_bits(case, mode):
     if mode == "pulsed_residual" and not PULSES[case].update_management:
         pytest.skip("pulsed_residual needs update_management")
     for d, k, r in SHAPES.values():
-        config = LRTTConfig(rank=r, transfer_every=1, reinit_gain=1.0, visible_device=devices.SoftBounds(), transfer_mode=mode,
-                            transfer_pulse=PULSES[case], transfer_max_words=90)
+        config = LRTTConfig(
+            rank=r,
+            transfer_every=1,
+            reinit_gain=1.0,
+            visible_device=devices.SoftBounds(),
+            transfer_mode=mode,
+            transfer_pulse=PULSES[case],
+            transfer_max_words=90,
+        )
         generator = torch.Generator().manual_seed(d)
         a, b, c = (torch.randn(*shape, generator=generator) for shape in ((d, r), (r, k), (d, k)))
         state, counts = state_and_counts()
@@ -145,16 +165,26 @@ def test_transfer_pulse_type_bits(case, mode):
 def test_pulse_types_side_by_side():
     """One call with tiles of every form: each gets what it gets alone."""
     generator = torch.Generator().manual_seed(0)
-    hypers = [LRTTConfig(rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds(), pulse=p).pack(9) for p in PULSES.values()]
+    hypers = [
+        LRTTConfig(rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds(), pulse=p).pack(9) for p in PULSES.values()
+    ]
     n = len(hypers)
     x, d = ([torch.randn(40, m, generator=generator) for _ in range(n)] for m in (9, 33))
 
     def run(*w):
         where = w[0].device
         rows = [pair for pair in (state_and_counts(key=i) for i in range(n))]
-        torch.ops.lrtt.pulsed_update_(list(w), [t.to(where) for t in x], [t.to(where) for t in d],
-                                      [torch.tensor(0.05, device=where)] * n, [s.to(where) for s, _ in rows],
-                                      [c.to(where) for _, c in rows], hypers, [0] * n, [0] * n)
+        torch.ops.lrtt.pulsed_update_(
+            list(w),
+            [t.to(where) for t in x],
+            [t.to(where) for t in d],
+            [torch.tensor(0.05, device=where)] * n,
+            [s.to(where) for s, _ in rows],
+            [c.to(where) for _, c in rows],
+            hypers,
+            [0] * n,
+            [0] * n,
+        )
 
     assert_same(on_both(run, *(torch.zeros(33, 9) for _ in range(n))), list(PULSES))
 
@@ -165,7 +195,9 @@ def test_rounds_of_jobs_of_different_length(case, columns):
     pulse = PULSES.get(case, PulseConfig())
     generator = torch.Generator().manual_seed(0)
     shapes = [(33, 9, 40), (4, columns, 1100)]
-    hypers = [LRTTConfig(rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds(), pulse=pulse).pack(n) for _, n, _ in shapes]
+    hypers = [
+        LRTTConfig(rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds(), pulse=pulse).pack(n) for _, n, _ in shapes
+    ]
     x = [torch.randn(samples, n, generator=generator) for _, n, samples in shapes]
     d = [torch.randn(samples, m, generator=generator) for m, _, samples in shapes]
 
@@ -175,9 +207,17 @@ def test_rounds_of_jobs_of_different_length(case, columns):
         if where.type == "cuda":  # scratch memory that was never written must not be taken for block numbers
             torch.cuda.empty_cache()
             torch.arange(2**26, dtype=torch.int32, device=where)
-        torch.ops.lrtt.pulsed_update_(list(w), [t.to(where) for t in x], [t.to(where) for t in d],
-                                      [torch.tensor(0.02, device=where)] * 2, [s.to(where) for s, _ in rows],
-                                      [c.to(where) for _, c in rows], hypers, [0] * 2, [0] * 2)
+        torch.ops.lrtt.pulsed_update_(
+            list(w),
+            [t.to(where) for t in x],
+            [t.to(where) for t in d],
+            [torch.tensor(0.02, device=where)] * 2,
+            [s.to(where) for s, _ in rows],
+            [c.to(where) for _, c in rows],
+            hypers,
+            [0] * 2,
+            [0] * 2,
+        )
 
     results = on_both(run, *(torch.zeros(m, n) for m, n, _ in shapes))
     assert all(w.any() for w in results[0]), "no pulses: the test would compare nothing"
@@ -186,7 +226,9 @@ def test_rounds_of_jobs_of_different_length(case, columns):
 
 def test_too_many_blocks_are_refused():
     """Blocks of one sample (the longest trains): their numbers would not fit the noise counter of the CUDA kernels."""
-    hyper = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds(), pulse=PulseConfig(desired_bl=15872)).pack(1)
+    hyper = LRTTConfig(
+        rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds(), pulse=PulseConfig(desired_bl=15872)
+    ).pack(1)
     state, counts = (t.cuda() for t in state_and_counts())
     w, x, d, eta = (torch.ones(shape, device="cuda") for shape in ((1, 1), (2, 1), (2, 1), ()))
     with pytest.raises(ValueError, match="at most 2097152 in one step"):
@@ -214,10 +256,17 @@ TRANSFERS = {
     "digital": {},
     "digital-bounded": {"visible_device": devices.SoftBounds(), "transfer_mode": "digital"},
     "pulsed": {"visible_device": devices.SoftBounds()},
-    "pulsed-fast": {"visible_device": devices.LinearStep(gamma_up=0.2), "fast_device": devices.SoftBounds(corrupt_devices_prob=0.1)},
+    "pulsed-fast": {
+        "visible_device": devices.LinearStep(gamma_up=0.2),
+        "fast_device": devices.SoftBounds(corrupt_devices_prob=0.1),
+    },
     "pulsed-capped": {"visible_device": devices.Ideal(), "transfer_max_words": 2},
-    "residual": {"visible_device": devices.SoftBounds(), "transfer_mode": "pulsed_residual", "transfer_max_words": 2,
-                 "fast_device": devices.SoftBounds()},
+    "residual": {
+        "visible_device": devices.SoftBounds(),
+        "transfer_mode": "pulsed_residual",
+        "transfer_max_words": 2,
+        "fast_device": devices.SoftBounds(),
+    },
     "uniform": {"reinit": "uniform"},
     "orthogonal": {"reinit": "orthogonal", "fast_device": devices.ConstantStep(), "reinit_gain": 0.5},
 }
@@ -255,8 +304,16 @@ def test_transfer_bits(kind, dtype, shape):
 
 def test_many_tiles_in_one_call():
     """More tiles than one page of the job table holds, of mixed shapes and modes, in single calls."""
-    configs = [LRTTConfig(rank=2, reinit_gain=1.0, fast_device=devices.SoftBounds(), transfer_every=1,
-                          visible_device=devices.SoftBounds() if i % 2 else None) for i in range(150)]
+    configs = [
+        LRTTConfig(
+            rank=2,
+            reinit_gain=1.0,
+            fast_device=devices.SoftBounds(),
+            transfer_every=1,
+            visible_device=devices.SoftBounds() if i % 2 else None,
+        )
+        for i in range(150)
+    ]
     shapes = [(5 + i % 7, 3 + i % 11) for i in range(150)]
     generator = torch.Generator().manual_seed(0)
     start = [(torch.zeros(d, 2), torch.randn(2, k, generator=generator), torch.zeros(d, k)) for d, k in shapes]
@@ -318,7 +375,9 @@ def test_drawn_cells_and_clip_bits(device):
 def test_relax_bits():
     """Decay and diffusion agree."""
     leaky = {"lifetime": 10.0, "lifetime_dtod": 0.3, "reset_dtod": 0.1, "diffusion": 0.01, "diffusion_dtod": 0.3}
-    hyper = LRTTConfig(rank=2, fast_device=devices.ExpStep(**leaky), visible_device=devices.SoftBounds(**leaky)).pack(53)
+    hyper = LRTTConfig(rank=2, fast_device=devices.ExpStep(**leaky), visible_device=devices.SoftBounds(**leaky)).pack(
+        53
+    )
     state, _ = state_and_counts()
 
     def relax(a, c, state):
@@ -329,11 +388,17 @@ def test_relax_bits():
 
 
 HELD = {
-    "noisy": devices.SoftBounds(dw_min=0.01, write_noise_std=3.0, corrupt_devices_prob=0.1, lifetime=9.0, diffusion=0.01),
+    "noisy": devices.SoftBounds(
+        dw_min=0.01, write_noise_std=3.0, corrupt_devices_prob=0.1, lifetime=9.0, diffusion=0.01
+    ),
     "noisy-exp": presets.device("reram_es"),
     "noisy-array": presets.device("reram_array_om"),
-    "pair": devices.OneSided(device=devices.LinearStep(dw_min=0.01, gamma_up=0.4, lifetime=9.0), refresh_every=1,
-                             refresh_upper_thres=0.3, refresh_lower_thres=0.1),
+    "pair": devices.OneSided(
+        device=devices.LinearStep(dw_min=0.01, gamma_up=0.4, lifetime=9.0),
+        refresh_every=1,
+        refresh_upper_thres=0.3,
+        refresh_lower_thres=0.1,
+    ),
     "pair-exp": devices.OneSided(device=devices.ExpStep(dw_min=0.005)),
 }
 
@@ -371,13 +436,22 @@ def test_cells_bits(device, shape):
 @pytest.mark.parametrize("visible", HELD)
 def test_transfer_of_cells_bits(visible, fast, mode):
     """Reinit and two transfers, plain tiles in the same launch."""
-    held = LRTTConfig(rank=3, transfer_every=1, reinit_gain=1.0, visible_device=HELD[visible], fast_device=HELD[fast],
-                      transfer_mode=mode, transfer_max_words=2)
+    held = LRTTConfig(
+        rank=3,
+        transfer_every=1,
+        reinit_gain=1.0,
+        visible_device=HELD[visible],
+        fast_device=HELD[fast],
+        transfer_mode=mode,
+        transfer_max_words=2,
+    )
     plain = dataclasses.replace(held, visible_device=devices.SoftBounds(), fast_device=None)
     generator = torch.Generator().manual_seed(1)
     a, b, c = (torch.randn(*size, generator=generator) for size in ((20, 3), (3, 70), (20, 70)))
-    cells = [0.3 * torch.randn(model.planes, *size, generator=generator).abs()
-             for model, size in ((HELD[fast], (20, 3)), (HELD[fast], (3, 70)), (HELD[visible], (20, 70)))]
+    cells = [
+        0.3 * torch.randn(model.planes, *size, generator=generator).abs()
+        for model, size in ((HELD[fast], (20, 3)), (HELD[fast], (3, 70)), (HELD[visible], (20, 70)))
+    ]
     state, counts = state_and_counts()
     hyper = [held.pack(70), plain.pack(70)]
 
@@ -385,8 +459,9 @@ def test_transfer_of_cells_bits(visible, fast, mode):
         torch.ops.lrtt.reinit_([b.new_zeros(20, 3)], [b], [state], [hyper[0]], [cells[0].clone(), cells[1]])
         for _ in range(2):
             a.add_(0.7)
-            torch.ops.lrtt.transfer_([a, a2], [b, b2], [c, c2], [state, state2], [counts, counts2], hyper, [1, 1], False,
-                                     list(cells))
+            torch.ops.lrtt.transfer_(
+                [a, a2], [b, b2], [c, c2], [state, state2], [counts, counts2], hyper, [1, 1], False, list(cells)
+            )
 
     tensors = (a, b, c, a.clone(), b.clone(), c.clone(), state, counts, state.clone(), counts.clone(), *cells)
     assert_same(on_both(run, *tensors), [f"tensor {i}" for i in range(len(tensors))])
@@ -428,7 +503,9 @@ def test_training_moves_between_devices():
     assert train(twin, LRTT(twin.parameters(), lr=0.05), [(x.cpu(), y.cpu())])[0] < losses[0]
 
 
-@pytest.mark.parametrize("fast", [None, devices.SoftBounds(), HELD["noisy"], HELD["pair"]], ids=["digital", "pulsed", "noisy", "pair"])
+@pytest.mark.parametrize(
+    "fast", [None, devices.SoftBounds(), HELD["noisy"], HELD["pair"]], ids=["digital", "pulsed", "noisy", "pair"]
+)
 def test_captured_step_equals_eager(fast):
     """A whole step in a CUDA graph, transfers included, gives the bits of eager steps, without a host synchronisation."""
     config = LRTTConfig(rank=4, transfer_every=3, fast_device=fast, visible_device=fast)
@@ -494,8 +571,14 @@ def test_strategy_uses_the_gpu():
 
     for precision in ("32-true", "bf16-mixed"):
         model = BoringModel()
-        trainer = pl.Trainer(strategy="lrtt", accelerator="gpu", devices=1, fast_dev_run=3, precision=precision,
-                             enable_progress_bar=False)
+        trainer = pl.Trainer(
+            strategy="lrtt",
+            accelerator="gpu",
+            devices=1,
+            fast_dev_run=3,
+            precision=precision,
+            enable_progress_bar=False,
+        )
         trainer.strategy.config = LRTTConfig(rank=2, reinit_gain=1.0, fast_device=devices.SoftBounds())
         trainer.fit(model)
         (tile,) = find_tiles(model).values()

@@ -126,6 +126,7 @@ class InSetup(InConfigureModel):
 @pytest.mark.parametrize("kind", [InConfigureModel, InSetup])
 def test_late_layers_are_converted_and_resume(tmp_path: Path, kind: type[Net]) -> None:
     """They become tiles and resume from a checkpoint."""
+
     def start() -> Any:
         return trainer(tmp_path, [], strategy=LRTTStrategy(DIGITAL, include=["net.*"]), max_epochs=1)
 
@@ -149,9 +150,14 @@ class EarlyOptimizer(Net):
         return self.optimizer
 
 
-@pytest.mark.parametrize("make", [
-    lambda params: torch.optim.AdamW(params, lr=0.05), lambda params: LRTT(params, lr=0.05),
-], ids=["adamw", "lrtt"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: torch.optim.AdamW(params, lr=0.05),
+        lambda params: LRTT(params, lr=0.05),
+    ],
+    ids=["adamw", "lrtt"],
+)
 def test_an_optimizer_built_before_the_conversion_gets_the_factors(tmp_path: Path, make: Any) -> None:
     """LRTT itself, built early, used to leave the gradients of A and B to pile up: zero_grad did not know them."""
     torch.manual_seed(0)
@@ -206,8 +212,10 @@ def test_several_optimizers_by_hand(tmp_path: Path) -> None:
                 optimizer.step()
 
         def configure_optimizers(self) -> Any:
-            return [torch.optim.SGD(self.net[0].parameters(), lr=self.lr),
-                    torch.optim.Adam(self.net[2].parameters(), lr=self.lr)]
+            return [
+                torch.optim.SGD(self.net[0].parameters(), lr=self.lr),
+                torch.optim.Adam(self.net[2].parameters(), lr=self.lr),
+            ]
 
     torch.manual_seed(0)
     model = Manual()
@@ -221,14 +229,25 @@ def test_several_optimizers_by_hand(tmp_path: Path) -> None:
 # ------------------------------------------------------------------ refusals
 
 
-@pytest.mark.parametrize(("config", "kwargs", "message"), [
-    (DIGITAL, {"devices": 2}, "devices must be one device, got 2"),
-    (DIGITAL, {"precision": "bf16-true"}, "precision must keep float32 parameters, got 'bf16-true'; use 'bf16-mixed'"),
-    (DIGITAL, {"precision": "16-true"}, "precision must keep float32 parameters, got '16-true'"),
-    (PULSED, {"precision": "64-true"}, "precision must be '32-true' or mixed for tiles on devices, got '64-true'"),
-    (PULSED, {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
-     "gradient_clip_algorithm must be 'norm' with pulsed tiles, got 'value'"),
-], ids=["devices", "bf16-true", "16-true", "64-true-pulsed", "value-clipping-pulsed"])
+@pytest.mark.parametrize(
+    ("config", "kwargs", "message"),
+    [
+        (DIGITAL, {"devices": 2}, "devices must be one device, got 2"),
+        (
+            DIGITAL,
+            {"precision": "bf16-true"},
+            "precision must keep float32 parameters, got 'bf16-true'; use 'bf16-mixed'",
+        ),
+        (DIGITAL, {"precision": "16-true"}, "precision must keep float32 parameters, got '16-true'"),
+        (PULSED, {"precision": "64-true"}, "precision must be '32-true' or mixed for tiles on devices, got '64-true'"),
+        (
+            PULSED,
+            {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+            "gradient_clip_algorithm must be 'norm' with pulsed tiles, got 'value'",
+        ),
+    ],
+    ids=["devices", "bf16-true", "16-true", "64-true-pulsed", "value-clipping-pulsed"],
+)
 def test_refused_at_setup(tmp_path: Path, config: LRTTConfig, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(MisconfigurationException, match=message):
         trainer(tmp_path, [], config, **kwargs).fit(Net(), loader())
@@ -435,8 +454,9 @@ def test_evaluation_reads_the_factors_in_inference_mode(tmp_path: Path, config: 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or not build_info()["with_cuda"],
-                    reason="needs a GPU with CUDA kernels")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or not build_info()["with_cuda"], reason="needs a GPU with CUDA kernels"
+)
 @both
 def test_by_name_on_a_gpu_and_back(tmp_path: Path, config: LRTTConfig) -> None:
     """The Trainer's accelerator is used, the monitor's numbers arrive, and the checkpoint goes on on a CPU."""

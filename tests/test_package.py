@@ -22,14 +22,30 @@ def test_build_info() -> None:
         assert info["cuda_runtime"] >= 12000
 
 
-@pytest.mark.parametrize(("module", "names"), [
-    ("lightning_lrtt", ["LRTT", "LRTTConfig", "LRTTStrategy", "PulseConfig", "ResumableLoader", "build_info",
-                        "convert_to_digital", "convert_to_lrtt", "devices"]),
-    ("lightning_lrtt.nn", ["LRTTConv1d", "LRTTConv2d", "LRTTLinear", "LRTTTransposedLinear"]),
-    ("lightning_lrtt.export", ["digital_state_dict", "export_checkpoint"]),
-    ("lightning_lrtt.devices", ["ConstantStep", "Ideal", "LinearStep", "SoftBounds"]),
-    ("lightning_lrtt.callbacks", ["TileMonitor"]),
-], ids=["package", "nn", "export", "devices", "callbacks"])
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        (
+            "lightning_lrtt",
+            [
+                "LRTT",
+                "LRTTConfig",
+                "LRTTStrategy",
+                "PulseConfig",
+                "ResumableLoader",
+                "build_info",
+                "convert_to_digital",
+                "convert_to_lrtt",
+                "devices",
+            ],
+        ),
+        ("lightning_lrtt.nn", ["LRTTConv1d", "LRTTConv2d", "LRTTLinear", "LRTTTransposedLinear"]),
+        ("lightning_lrtt.export", ["digital_state_dict", "export_checkpoint"]),
+        ("lightning_lrtt.devices", ["ConstantStep", "Ideal", "LinearStep", "SoftBounds"]),
+        ("lightning_lrtt.callbacks", ["TileMonitor"]),
+    ],
+    ids=["package", "nn", "export", "devices", "callbacks"],
+)
 def test_public_names(module: str, names: list[str]) -> None:
     found = importlib.import_module(module)
     for name in names:

@@ -95,7 +95,11 @@ def test_cells_that_hold_more_equal_reference(case, device):
         x[torch.randperm(150, generator=torch.Generator().manual_seed(3))[12:]] = 0.0
         results = []
         for ops in (OPS, reference):
-            w, counts, cells = torch.zeros(rows, columns), fresh_counts(), 0.2 * randn(4, model.planes, rows, columns).abs()
+            w, counts, cells = (
+                torch.zeros(rows, columns),
+                fresh_counts(),
+                0.2 * randn(4, model.planes, rows, columns).abs(),
+            )
             hyper = pack(visible_device=model, pulse=config)
             eta, state = torch.tensor(0.02 if device == "noisy" else -0.02), fresh_state(0, 3)
             ops.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [2], [0], [cells])

@@ -102,5 +102,14 @@ def test_pulses_need_a_device():
     """An array without a device is refused instead of silently left as it is."""
     config = LRTTConfig(rank=2, visible_device=devices.SoftBounds())
     with pytest.raises(ValueError, match="array 0 must have a device to take pulses; give the config a fast_device"):
-        OPS.pulsed_update_([torch.zeros(3, 2)], [torch.ones(1, 2)], [torch.ones(1, 3)], [torch.tensor(0.1)], [fresh_state()],
-                           [torch.zeros(8, dtype=torch.int64)], [config.pack(4)], [0], [0])
+        OPS.pulsed_update_(
+            [torch.zeros(3, 2)],
+            [torch.ones(1, 2)],
+            [torch.ones(1, 3)],
+            [torch.tensor(0.1)],
+            [fresh_state()],
+            [torch.zeros(8, dtype=torch.int64)],
+            [config.pack(4)],
+            [0],
+            [0],
+        )

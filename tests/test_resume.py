@@ -70,16 +70,30 @@ def quiet_data() -> ResumableLoader:
     return ResumableLoader(TensorDataset(x, x[:, :3].sin()), batch_size=5, shuffle=False)
 
 
-def fit(folder: Path, config: LRTTConfig, ckpt_path: Any = None, train: Any = None, val: Any = None,
-        **kwargs: Any) -> dict[str, Any]:
+def fit(
+    folder: Path, config: LRTTConfig, ckpt_path: Any = None, train: Any = None, val: Any = None, **kwargs: Any
+) -> dict[str, Any]:
     """One run, fresh or resumed; the checkpoint of its end."""
     torch.manual_seed(0 if ckpt_path is None else 1234)  # a resumed process has another history
     random.seed(0 if ckpt_path is None else 1234)
     np.random.seed(0 if ckpt_path is None else 1234)
-    run = trainer(folder, kwargs.pop("callbacks", []), config, max_epochs=EPOCHS, logger=False, default_root_dir=folder,
-                  enable_checkpointing=True, **kwargs)
-    run.fit(Dropped(), data() if train is None else train, quiet_data() if val is None else val, ckpt_path=ckpt_path,
-            weights_only=True)
+    run = trainer(
+        folder,
+        kwargs.pop("callbacks", []),
+        config,
+        max_epochs=EPOCHS,
+        logger=False,
+        default_root_dir=folder,
+        enable_checkpointing=True,
+        **kwargs,
+    )
+    run.fit(
+        Dropped(),
+        data() if train is None else train,
+        quiet_data() if val is None else val,
+        ckpt_path=ckpt_path,
+        weights_only=True,
+    )
     run.save_checkpoint(folder / "end.ckpt")
     return torch.load(folder / "end.ckpt", weights_only=True)
 
@@ -173,8 +187,9 @@ def test_evaluation_and_weights_only_checkpoints_leave_generators_alone(tmp_path
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    run.validate(Dropped(), ResumableLoader(torch.rand(0, 6)), ckpt_path=tmp_path / "end.ckpt", verbose=False,
-                 weights_only=True)
+    run.validate(
+        Dropped(), ResumableLoader(torch.rand(0, 6)), ckpt_path=tmp_path / "end.ckpt", verbose=False, weights_only=True
+    )
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3), expected)
     run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
@@ -191,8 +206,9 @@ def test_generators_round_trip() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available() or not build_info()["with_cuda"],
-                    reason="needs a GPU with CUDA kernels")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or not build_info()["with_cuda"], reason="needs a GPU with CUDA kernels"
+)
 @both
 def test_resume_on_a_gpu_is_exact_and_goes_on_on_a_cpu(tmp_path: Path, config: LRTTConfig) -> None:
     """Dropout draws from the GPU's generator there."""
@@ -228,8 +244,13 @@ def test_resume_after_kill_9(tmp_path: Path, config: str) -> None:
     whole = fit(tmp_path / "whole", numbers)
     folder = tmp_path / "killed"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), config], env=environment,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(folder), config],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         limit = time.monotonic() + 120
         while not list(folder.glob("steps/step=*.ckpt")):
@@ -301,6 +322,7 @@ def test_an_epoch_is_a_permutation_of_its_own() -> None:
 @pytest.mark.parametrize("taken", [0, 1, 3, 4, 6])
 def test_the_loader_goes_on_where_it_was(taken: int, num_workers: int) -> None:
     """Counted are the batches handed out, not those that workers fetched ahead."""
+
     def make() -> ResumableLoader:
         return ResumableLoader(range(10), batch_size=3, seed=1, num_workers=num_workers)
 
@@ -352,10 +374,13 @@ def test_processes_share_an_epoch(monkeypatch: pytest.MonkeyPatch, drop_last: bo
     assert len(seen) == (6 if drop_last else 12)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"batch_size": 0}, "ResumableLoader: batch_size must be >= 1, got 0"),
-    ({"seed": -1}, "ResumableLoader: seed must be >= 0, got -1"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "ResumableLoader: batch_size must be >= 1, got 0"),
+        ({"seed": -1}, "ResumableLoader: seed must be >= 0, got -1"),
+    ],
+)
 def test_loader_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResumableLoader(range(3), **arguments)
@@ -363,6 +388,7 @@ def test_loader_arguments(arguments: dict[str, Any], message: str) -> None:
 
 def test_integer_state_keeps_its_dtype(tmp_path: Path) -> None:
     """Counters and keys are int64 in the checkpoint and after loading, also in a float64 model."""
+
     class Double(Dropped):
         def on_fit_start(self) -> None:
             self.seen = {t.tile_state.dtype for t in find_tiles(self).values()}

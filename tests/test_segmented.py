@@ -19,8 +19,11 @@ from lightning_lrtt import build_info
 from lightning_lrtt.strategies.tree import owners
 
 MODELS = {
-    "mlp": {"kind": "mlp"}, "conv-batchnorm": {"kind": "conv"}, "transformer-dropout": {"kind": "transformer"},
-    "lrtt-digital": {"kind": "mlp", "config": DIGITAL}, "lrtt-pulsed": {"kind": "mlp", "config": PULSED},
+    "mlp": {"kind": "mlp"},
+    "conv-batchnorm": {"kind": "conv"},
+    "transformer-dropout": {"kind": "transformer"},
+    "lrtt-digital": {"kind": "mlp", "config": DIGITAL},
+    "lrtt-pulsed": {"kind": "mlp", "config": PULSED},
     "lrtt-pulsed-conv": {"kind": "conv", "config": PULSED},
 }
 STEPS = 2 * jobs.ROWS // jobs.BATCH
@@ -126,10 +129,10 @@ def test_T3_raise_names_step_and_segment(workers):
 
 def test_T4_a_short_last_batch_is_refused_or_dropped():
     """100 samples in batches of 24 leave 4: an error, or with drop_last a run that equals the one without those rows."""
-    with pytest.raises(Failed, match="the last batch must be whole, got 100 samples in batches of 24.*drop_last=True"):
+    with pytest.raises(Failed, match=r"the last batch must be whole, got 100 samples in batches of 24.*drop_last=True"):
         run(1, jobs.fit, rows=100)
     assert run(2, jobs.fit, rows=100, drop_last=True, epochs=1)[0]["calls"] == 1 + 6 * 4
-    with pytest.raises(Failed, match="batch_size must be a multiple of 12.*got 20; use 24 or 12"):
+    with pytest.raises(Failed, match=r"batch_size must be a multiple of 12.*got 20; use 24 or 12"):
         run(1, jobs.fit, batch=20, rows=80)
 
 
@@ -139,8 +142,21 @@ def test_T5_thread_sanitizer(tmp_path):
         pytest.skip("no g++ for the sanitizer build")
     root, program = Path(__file__).parent, tmp_path / "tsan"
     core = root.parent / "csrc" / "cpu"
-    build = ["g++", "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-ffp-contract=off", str(root / "segments_tsan.cpp"),
-             str(core / "barrier.cpp"), str(core / "segments.cpp"), "-o", str(program), "-pthread", "-Wno-unknown-pragmas"]
+    build = [
+        "g++",
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-fsanitize=thread",
+        "-ffp-contract=off",
+        str(root / "segments_tsan.cpp"),
+        str(core / "barrier.cpp"),
+        str(core / "segments.cpp"),
+        "-o",
+        str(program),
+        "-pthread",
+        "-Wno-unknown-pragmas",
+    ]
     built = subprocess.run(build, capture_output=True, text=True, timeout=120, check=False)
     if "cannot find" in built.stderr and "tsan" in built.stderr:
         pytest.skip("no ThreadSanitizer runtime")
@@ -197,18 +213,23 @@ def test_T8_other_numbers_than_the_checkpoint_are_refused(tmp_path):
     """Threads, segments and batch are part of the numbers."""
     path = str(tmp_path / "one.ckpt")
     run(1, jobs.fit, epochs=1, save=path)
-    for wrong, message in (({"threads": 2}, "threads must be the checkpoint's, 1, got 2"),
-                           ({"segments": 144, "batch": 144, "rows": 144}, "segments must be the checkpoint's, 12, got 144"),
-                           ({"batch": 48}, "batch_size must be the checkpoint's, 24, got 48")):
+    for wrong, message in (
+        ({"threads": 2}, "threads must be the checkpoint's, 1, got 2"),
+        ({"segments": 144, "batch": 144, "rows": 144}, "segments must be the checkpoint's, 12, got 144"),
+        ({"batch": 48}, "batch_size must be the checkpoint's, 24, got 48"),
+    ):
         with pytest.raises(Failed, match=message):
             run(1, jobs.fit, resume=path, limit=30, **wrong)
 
 
-@pytest.mark.parametrize(("trouble", "message"), [
-    ("threads", "intra-op threads must be the same on all workers"),
-    ("code", "code of the LightningModule must be the same on all workers"),
-    ("settings", "segment_clip must be the same on all workers"),
-])
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        ("threads", "intra-op threads must be the same on all workers"),
+        ("code", "code of the LightningModule must be the same on all workers"),
+        ("settings", "segment_clip must be the same on all workers"),
+    ],
+)
 def test_T8_workers_that_differ_are_refused(trouble, message):
     """Before the first step, on every worker."""
     with pytest.raises(Failed) as failed:
@@ -218,11 +239,15 @@ def test_T8_workers_that_differ_are_refused(trouble, message):
         assert message in error
 
 
-@pytest.mark.parametrize(("trouble", "message"), [
-    (jobs.computes_differently, "the self-test's segment must have the same bits on all workers"),
-    (jobs.drifts, "parameters and buffers must have the same bits on all workers"),
-    (jobs.remembers, "a segment must give the same bits alone and after others"),
-], ids=["arithmetic", "drift", "memory"])
+@pytest.mark.parametrize(
+    ("trouble", "message"),
+    [
+        (jobs.computes_differently, "the self-test's segment must have the same bits on all workers"),
+        (jobs.drifts, "parameters and buffers must have the same bits on all workers"),
+        (jobs.remembers, "a segment must give the same bits alone and after others"),
+    ],
+    ids=["arithmetic", "drift", "memory"],
+)
 def test_T8_self_test_and_hashes_find_what_settings_do_not_show(trouble, message):
     """Another result for the same segment, a replica that is changed on one worker, and a model that keeps state."""
     with pytest.raises(Failed, match=message):
@@ -236,7 +261,9 @@ def test_T8_self_test_and_hashes_find_what_settings_do_not_show(trouble, message
 def test_T9_one_digest_on_gpus(model):
     """NCCL on 1, 2, 4 GPUs, as far as there are."""
     counts = [n for n in (1, 2, 4) if n <= torch.cuda.device_count()]
-    digests = {n: {r["digest"] for r in run(n, jobs.fit, **MODELS[model], accelerator="gpu", limit=120)} for n in counts}
+    digests = {
+        n: {r["digest"] for r in run(n, jobs.fit, **MODELS[model], accelerator="gpu", limit=120)} for n in counts
+    }
     assert len(set.union(*digests.values())) == 1, digests
 
 
@@ -245,9 +272,17 @@ def test_torchrun_restarts_and_goes_on(tmp_path):
     """torchrun --max-restarts: a worker is killed once, the group starts anew and ends in the digest of one worker."""
     script = Path(jobs.__file__).parent / "segment_script.py"
     environment = clean_environment(OMP_NUM_THREADS="1", PYTHONPATH=str(script.parent))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1", str(script), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True,
-                          timeout=150, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=1",
+        str(script),
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "killed").exists()
     assert (tmp_path / "digest").read_text() == alone("lrtt-pulsed")["digest"]

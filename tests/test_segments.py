@@ -54,10 +54,26 @@ def test_any_owner_map_adds_in_the_order_of_the_tree(segments, workers):
     for own in owners(segments, workers):
         mine = maximal_nodes(segments, own)
         out = [torch.empty(5) for _ in mine]
-        SUM(out, [x[s] for s in own], torch.ones(len(own), dtype=torch.float64), numbers(1), numbers(), sum_program(mine), False)
+        SUM(
+            out,
+            [x[s] for s in own],
+            torch.ones(len(own), dtype=torch.float64),
+            numbers(1),
+            numbers(),
+            sum_program(mine),
+            False,
+        )
         nodes += out
     total = torch.empty(5)
-    SUM([total], nodes, torch.ones(len(nodes), dtype=torch.float64), numbers(1), numbers(), list(root_program(segments, workers)), False)
+    SUM(
+        [total],
+        nodes,
+        torch.ones(len(nodes), dtype=torch.float64),
+        numbers(1),
+        numbers(),
+        list(root_program(segments, workers)),
+        False,
+    )
     assert same_bits(total, expected[0])
 
 
@@ -78,12 +94,22 @@ def test_owner_map_is_a_partition_and_ships_little():
 # -------------------------------------------------------------- kernel
 
 
-def call(dtype: torch.dtype, weights: torch.Tensor, stats: torch.Tensor, sizes=(9000, 70, 1), absent=(1, 2), redo=False):
+def call(
+    dtype: torch.dtype, weights: torch.Tensor, stats: torch.Tensor, sizes=(9000, 70, 1), absent=(1, 2), redo=False
+):
     """Arguments for four segments, two nodes of three parameters; one slot is absent."""
     slots = [randn(10 * p + s, n).to(dtype) for p, n in enumerate(sizes) for s in range(4)]
     slots[absent[0] * 4 + absent[1]] = torch.empty(0, dtype=dtype)
     out = [torch.full((n,), 7.0, dtype=dtype) for n in sizes for _ in range(2)]
-    return out, slots, weights, numbers(0.25), stats, sum_program((tree(12).left.left.left, *maximal_nodes(12, range(4, 6)))), redo
+    return (
+        out,
+        slots,
+        weights,
+        numbers(0.25),
+        stats,
+        sum_program((tree(12).left.left.left, *maximal_nodes(12, range(4, 6)))),
+        redo,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -101,7 +127,9 @@ def test_kernel_equals_reference(dtype, weights, bad, threads):
         torch.set_num_threads(threads)
         op(*arguments)
         torch.set_num_threads(before)
-        results.append([*arguments[0], arguments[4][:, 1], arguments[4][[0, 1, 3], 0]])  # the norm of NaN has no one bit pattern
+        results.append(
+            [*arguments[0], arguments[4][:, 1], arguments[4][[0, 1, 3], 0]]
+        )  # the norm of NaN has no one bit pattern
     for a, b in zip(*results, strict=True):
         assert torch.equal(a.nan_to_num(1e9), b.nan_to_num(1e9))
     flags = results[0][-2].tolist()
@@ -130,12 +158,14 @@ def test_opcheck(dtype):
     torch.library.opcheck(SUM, call(dtype, torch.ones(4, dtype=torch.float64), torch.zeros(4, 2, dtype=torch.float64)))
 
 
-@pytest.mark.parametrize("program", [[0, 1], [2, 1], [0, 3, 5], [1, 0], []], ids=["left over", "empty", "deep", "cut", "nothing"])
+@pytest.mark.parametrize(
+    "program", [[0, 1], [2, 1], [0, 3, 5], [1, 0], []], ids=["left over", "empty", "deep", "cut", "nothing"]
+)
 def test_wrong_programs_are_refused(program):
     """A program that would leave the stack or hand out half a sum."""
     out = [torch.zeros(3)]
     slots = [torch.zeros(3) for _ in program]
-    with pytest.raises(ValueError, match="program must push each segment|out must hold"):
+    with pytest.raises(ValueError, match=r"program must push each segment|out must hold"):
         SUM(out, slots, torch.ones(len(program), dtype=torch.float64), numbers(1), numbers(), program, False)
 
 
@@ -147,10 +177,17 @@ def test_cuda_equals_cpu(dtype, weights):
     """The same bits of sums, norms and flags."""
     results = []
     for device in ("cpu", "cuda"):
-        out, slots, w, scale, stats, program, redo = call(dtype, numbers(*weights), torch.zeros(4, 2, dtype=torch.float64),
-                                                          sizes=(50000, 70, 1))
+        out, slots, w, scale, stats, program, redo = call(
+            dtype, numbers(*weights), torch.zeros(4, 2, dtype=torch.float64), sizes=(50000, 70, 1)
+        )
         slots[0][5] = float("inf")
-        moved = [t.to(device) for t in out], [t.to(device) for t in slots], *(t.to(device) for t in (w, scale, stats)), program, redo
+        moved = (
+            [t.to(device) for t in out],
+            [t.to(device) for t in slots],
+            *(t.to(device) for t in (w, scale, stats)),
+            program,
+            redo,
+        )
         SUM(*moved)
         results.append([t.cpu() for t in (*moved[0], moved[4])])
     for a, b in zip(*results, strict=True):
@@ -196,7 +233,9 @@ def batches(loader, workers: int, epoch: int = 0, skip: int = 0) -> list[list[to
 
 LOADERS = {
     "shuffled": lambda: DataLoader(Rows((6,)), batch_size=24, shuffle=True),
-    "own generator": lambda: DataLoader(Rows((6,)), batch_size=24, shuffle=True, generator=torch.Generator().manual_seed(9)),
+    "own generator": lambda: DataLoader(
+        Rows((6,)), batch_size=24, shuffle=True, generator=torch.Generator().manual_seed(9)
+    ),
     "weighted": lambda: DataLoader(Rows((6,)), batch_size=24, sampler=WeightedRandomSampler(torch.arange(96.0), 96)),
     "resumable": lambda: ResumableLoader(Rows((6,)), batch_size=24),
     "processes": lambda: DataLoader(Rows((6,)), batch_size=24, shuffle=True, num_workers=1),
@@ -219,7 +258,9 @@ def test_every_worker_count_sees_the_same_segments(kind):
 
 def test_processes_and_none_give_the_same_noise():
     """Augmentation is keyed by segment, not by who loads it."""
-    assert torch.equal(torch.cat(batches(LOADERS["shuffled"](), 1)[0]), torch.cat(batches(LOADERS["processes"](), 1)[0]))
+    assert torch.equal(
+        torch.cat(batches(LOADERS["shuffled"](), 1)[0]), torch.cat(batches(LOADERS["processes"](), 1)[0])
+    )
 
 
 class Stream(IterableDataset):
@@ -229,17 +270,28 @@ class Stream(IterableDataset):
         return iter(torch.randn(48, 6))
 
 
-@pytest.mark.parametrize(("loader", "message"), [
-    (lambda: DataLoader(Stream(), batch_size=24), "over a map-style dataset, got the iterable Stream"),
-    (lambda: DataLoader(Rows((6,)), batch_size=None), "one that makes its batches itself"),
-    (lambda: DataLoader(Rows((6,)), batch_sampler=type("Mine", (BatchSampler,), {})(SequentialSampler(range(96)), 24, False)),
-     "got batch_sampler=Mine; use batch_size and sampler"),
-    (lambda: DataLoader(Rows((6,)), batch_size=24, sampler=torch.utils.data.DistributedSampler(Rows((6,)), 1, 0)),
-     "without a DistributedSampler"),
-    (lambda: [1, 2], "a DataLoader or ResumableLoader"),
-    (lambda: DataLoader(Rows((6,)), batch_size=120, drop_last=True), "hold a batch of 120, got 96 samples"),
-    (lambda: DataLoader(Rows((6,)), batch_size=8), "multiple of 12 .*got 8; use 12"),
-])
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (lambda: DataLoader(Stream(), batch_size=24), "over a map-style dataset, got the iterable Stream"),
+        (lambda: DataLoader(Rows((6,)), batch_size=None), "one that makes its batches itself"),
+        (
+            lambda: DataLoader(
+                Rows((6,)), batch_sampler=type("Mine", (BatchSampler,), {})(SequentialSampler(range(96)), 24, False)
+            ),
+            "got batch_sampler=Mine; use batch_size and sampler",
+        ),
+        (
+            lambda: DataLoader(
+                Rows((6,)), batch_size=24, sampler=torch.utils.data.DistributedSampler(Rows((6,)), 1, 0)
+            ),
+            "without a DistributedSampler",
+        ),
+        (lambda: [1, 2], "a DataLoader or ResumableLoader"),
+        (lambda: DataLoader(Rows((6,)), batch_size=120, drop_last=True), "hold a batch of 120, got 96 samples"),
+        (lambda: DataLoader(Rows((6,)), batch_size=8), "multiple of 12 .*got 8; use 12"),
+    ],
+)
 def test_loaders_that_cannot_be_cut_are_refused(loader, message):
     """Each with what to do."""
     with pytest.raises(MisconfigurationException, match=message):
@@ -257,20 +309,29 @@ def test_hash_sees_every_bit_order_and_shape():
     flipped = x[0].clone()
     flipped[999] = torch.nextafter(flipped[999], torch.tensor(9.0))
     swapped = x[0][torch.cat([torch.tensor([1, 0]), torch.arange(2, 1000)])]
-    for other in ([flipped, *x[1:]], [swapped, *x[1:]], [x[0], x[1], torch.tensor(-0.0)], [x[1], x[0], x[2]], x[:2],
-                  [torch.cat([x[0], torch.zeros(1)]), *x[1:]]):
+    for other in (
+        [flipped, *x[1:]],
+        [swapped, *x[1:]],
+        [x[0], x[1], torch.tensor(-0.0)],
+        [x[1], x[0], x[2]],
+        x[:2],
+        [torch.cat([x[0], torch.zeros(1)]), *x[1:]],
+    ):
         assert hash64(other) != base
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"segments": 24}, "segments must be 12, 144 or 1728, got 24"),
-    ({"nonfinite": "ignore"}, "nonfinite must be one of 'raise', 'skip', 'report', got 'ignore'"),
-    ({"segment_clip": 0.0}, "segment_clip must be finite and > 0, got 0.0"),
-    ({"verify_every": -1}, "verify_every must be >= 0, got -1"),
-    ({"threads": 0}, "threads must be >= 1, got 0"),
-    ({"timeout": 0.0}, "timeout must be finite and > 0, got 0.0"),
-    ({"exchange": "mpi"}, "exchange must be one of 'auto', 'shared_memory', 'collectives', got 'mpi'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"segments": 24}, "segments must be 12, 144 or 1728, got 24"),
+        ({"nonfinite": "ignore"}, "nonfinite must be one of 'raise', 'skip', 'report', got 'ignore'"),
+        ({"segment_clip": 0.0}, "segment_clip must be finite and > 0, got 0.0"),
+        ({"verify_every": -1}, "verify_every must be >= 0, got -1"),
+        ({"threads": 0}, "threads must be >= 1, got 0"),
+        ({"timeout": 0.0}, "timeout must be finite and > 0, got 0.0"),
+        ({"exchange": "mpi"}, "exchange must be one of 'auto', 'shared_memory', 'collectives', got 'mpi'"),
+    ],
+)
 def test_arguments_are_checked(arguments, message):
     """At construction."""
     with pytest.raises(ValueError, match=message):
@@ -313,18 +374,31 @@ class LogsSometimes(Net):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize(("model", "options", "message"), [
-    (Net, {"accumulate_grad_batches": 2}, "accumulate_grad_batches must be 1, got 2"),
-    (Manual, {}, "optimization must be automatic, got manual"),
-    (Net, {"sync_batchnorm": True}, "sync_batchnorm must be off"),
-    (LogsMetric, {}, "metric mean must not be updated in training_step"),
-    (NoLoss, {}, "training_step must return a loss for every segment, got NoneType"),
-    (LogsSometimes, {}, "must log the same names in every segment, got train/0, train/1 in some only"),
-], ids=["accumulation", "manual", "sync_batchnorm", "metric", "no loss", "names"])
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (Net, {"accumulate_grad_batches": 2}, "accumulate_grad_batches must be 1, got 2"),
+        (Manual, {}, "optimization must be automatic, got manual"),
+        (Net, {"sync_batchnorm": True}, "sync_batchnorm must be off"),
+        (LogsMetric, {}, "metric mean must not be updated in training_step"),
+        (NoLoss, {}, "training_step must return a loss for every segment, got NoneType"),
+        (LogsSometimes, {}, "must log the same names in every segment, got train/0, train/1 in some only"),
+    ],
+    ids=["accumulation", "manual", "sync_batchnorm", "metric", "no loss", "names"],
+)
 def test_set_ups_are_refused(model, options, message):
     """Before the first update, with the reason."""
-    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=LRTTDDPStrategy(exclude=["*"]), max_epochs=1, logger=False,
-                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **options)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=LRTTDDPStrategy(exclude=["*"]),
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
     with pytest.raises(MisconfigurationException, match=message):
         trainer.fit(model(), DataLoader(Rows((6,)), batch_size=24))
 
@@ -335,14 +409,25 @@ def test_statistics_reach_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(str(tmp_path), name="run", version=0)
-    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=LRTTDDPStrategy(exclude=["*"]), max_epochs=1, logger=logger,
-                         log_every_n_steps=2, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=LRTTDDPStrategy(exclude=["*"]),
+        max_epochs=1,
+        logger=logger,
+        log_every_n_steps=2,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     model = Net()
     trainer.fit(model, DataLoader(Rows((6,)), batch_size=24), DataLoader(Rows((6,), 24), batch_size=24))
     events = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0, "tensors": 0}).Reload()
     scalars = {tag for tag in events.Tags()["scalars"] if tag.startswith("segment/")}
-    assert scalars == {f"segment/{n}" for n in ("norm_mean", "norm_max", "norm_min", "nonfinite", "bytes_sent", "gradient_bytes",
-                                                "operand_bytes")}
+    assert scalars == {
+        f"segment/{n}"
+        for n in ("norm_mean", "norm_max", "norm_min", "nonfinite", "bytes_sent", "gradient_bytes", "operand_bytes")
+    }
     size = sum(p.numel() * 4 for p in model.parameters())
     assert [e.value for e in events.Scalars("segment/gradient_bytes")] == [size, size]
     assert [e.value for e in events.Scalars("segment/bytes_sent")] == [0.0, 0.0]  # nobody to send to

@@ -42,9 +42,19 @@ def scalars(tmp_path: Path) -> dict[str, dict[int, float]]:
     return out
 
 
-TAGS = ["tile/{}/norm_A", "tile/{}/norm_B", "tile/{}/norm_C", "tile/{}/norm_AB", "tile/{}/nonfinite",
-        "tile/{}/stability",
-        "pulse/{}/A", "pulse/{}/B", "pulse/{}/C", "transfer/{}/count", "transfer/{}/clip_fraction"]
+TAGS = [
+    "tile/{}/norm_A",
+    "tile/{}/norm_B",
+    "tile/{}/norm_C",
+    "tile/{}/norm_AB",
+    "tile/{}/nonfinite",
+    "tile/{}/stability",
+    "pulse/{}/A",
+    "pulse/{}/B",
+    "pulse/{}/C",
+    "transfer/{}/count",
+    "transfer/{}/clip_fraction",
+]
 BOUNDS = ["tile/{}/at_bounds_A", "tile/{}/at_bounds_B", "tile/{}/at_bounds_C"]
 
 
@@ -143,8 +153,12 @@ def test_curvature_is_that_of_the_input(kind: str) -> None:
 
 
 def test_gain_unit_moves_like_sgd() -> None:
-    for config in (LRTTConfig(rank=2), LRTTConfig(rank=2, alpha=0.5), LRTTConfig(rank=4, grad_scale="rsqrt"),
-                   LRTTConfig(rank=4, fast_device=devices.SoftBounds(w_max=2.0, w_min=-2.0))):
+    for config in (
+        LRTTConfig(rank=2),
+        LRTTConfig(rank=2, alpha=0.5),
+        LRTTConfig(rank=4, grad_scale="rsqrt"),
+        LRTTConfig(rank=4, fast_device=devices.SoftBounds(w_max=2.0, w_min=-2.0)),
+    ):
         assert _tile_statistics.effective_gain(LRTTLinear(8, 8, config=config)) == pytest.approx(1.0, rel=1e-3)
 
 
@@ -190,8 +204,9 @@ class Closing(pl.Callback):
 
 
 @pytest.mark.parametrize("config", [DIGITAL, PULSED], ids=["digital", "pulsed"])
-def test_one_transfer_per_logging_step_and_none_between(tmp_path: Path, config: LRTTConfig,
-                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_transfer_per_logging_step_and_none_between(
+    tmp_path: Path, config: LRTTConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Reads of training step, optimizer, strategy and monitor together; ``tolist`` goes past the dispatcher."""
     lists: list[int] = []
     plain = torch.Tensor.tolist
@@ -232,15 +247,17 @@ def test_no_stability_warning_at_the_losses_own_curvature(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("by", ["argument", "environment"])
-def test_trace_tells_the_order_of_a_cycle(tmp_path: Path, by: str, caplog: pytest.LogCaptureFixture,
-                                          monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trace_tells_the_order_of_a_cycle(
+    tmp_path: Path, by: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if by == "environment":
         monkeypatch.setenv("LRTT_LOG", "debug")
     with caplog.at_level(logging.INFO, logger="lightning_lrtt"):
         trainer(tmp_path, [TileMonitor(trace=by == "argument")], max_steps=10).fit(Net(), loader())
     lines = [r.getMessage() for r in caplog.records if "reinit" in r.getMessage()]
     assert [line.split(";")[0] for line in lines] == [
-        f"{name} cycle {cycle}: reinit -> 4 updates -> transfer" for cycle in (0, 1) for name in ("net.0", "net.2")]
+        f"{name} cycle {cycle}: reinit -> 4 updates -> transfer" for cycle in (0, 1) for name in ("net.0", "net.2")
+    ]
     assert "|A| " in lines[0]
     assert lines[0].split("|A| ")[1].split(",")[0].endswith("-> 0")  # A = 0 after the transfer
     assert "transfer/net.0/trace/text_summary" in events(tmp_path).Tags()["tensors"]
@@ -315,10 +332,14 @@ def test_validation_and_test_do_not_need_it(tmp_path: Path) -> None:
     run.test(Tested(), loader(2), verbose=False)
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [
-    ({"every_n_steps": 0}, "TileMonitor: every_n_steps must be >= 1, got 0"),
-    ({"curvature": 0.0}, "TileMonitor: curvature must be finite and > 0, got 0.0"),
-], ids=["every", "curvature"])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"every_n_steps": 0}, "TileMonitor: every_n_steps must be >= 1, got 0"),
+        ({"curvature": 0.0}, "TileMonitor: curvature must be finite and > 0, got 0.0"),
+    ],
+    ids=["every", "curvature"],
+)
 def test_bad_arguments(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TileMonitor(**kwargs)

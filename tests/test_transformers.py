@@ -31,16 +31,36 @@ both = pytest.mark.parametrize("config", [DIGITAL, PULSED], ids=["digital", "pul
 
 def gpt2() -> Any:
     """Two blocks of Conv1D layers; the head is tied to the token embedding."""
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        vocab_size=17, n_positions=8, n_embd=8, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=0, eos_token_id=0))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=17,
+            n_positions=8,
+            n_embd=8,
+            n_layer=2,
+            n_head=2,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
 
 
 def llama(tied: bool = False) -> Any:
     """Two blocks of Linear layers without bias, grouped-query attention, gated MLP."""
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=8, tie_word_embeddings=tied))
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=17,
+            hidden_size=8,
+            intermediate_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=8,
+            tie_word_embeddings=tied,
+        )
+    )
 
 
 MODELS = {"gpt2": gpt2, "llama": llama, "llama-tied": lambda: llama(tied=True)}

@@ -5,10 +5,10 @@
 #include <thread>
 
 #ifdef __linux__
-#include <linux/futex.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
+#  include <linux/futex.h>
+#  include <sys/syscall.h>
+#  include <time.h>
+#  include <unistd.h>
 #endif
 
 namespace lrtt::cpu {

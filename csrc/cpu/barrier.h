@@ -1,7 +1,7 @@
 // A barrier for processes of one host that share a page of memory.
 //
-// Waiting is a futex, so that more workers than cores do not spin against the one that works, and it has a time limit, so
-// that nobody waits for the dead. `stamp` tells who is missing.
+// Waiting is a futex, so that more workers than cores do not spin against the one that works, and it has a time limit,
+// so that nobody waits for the dead. `stamp` tells who is missing.
 #pragma once
 
 #include <atomic>

@@ -1,4 +1,5 @@
-// Counted trains (mean_count, deterministic_implicit) in the loops of lanes.cpp, which includes this inside its namespace.
+// Counted trains (mean_count, deterministic_implicit) in the loops of lanes.cpp, which includes this inside its
+// namespace.
 
 // out.bits[s][e]: counted_value of element e of sample s with the sign of the operand; 0 where there is no update.
 LRTT_HD void generate_values(const Operand& v, int64_t elements, int64_t e0, bool is_x, const PulseParams& pulse,
@@ -22,11 +23,11 @@ LRTT_HD void generate_values(const Operand& v, int64_t elements, int64_t e0, boo
   }
 }
 
-// Directions of the pulses that fall into the words [begin, end): n pulses of a cell take the first n slots of a sample.
-// `sample` is the first one that may reach into them; `held` as in `run`.
+// Directions of the pulses that fall into the words [begin, end): n pulses of a cell take the first n slots of a
+// sample. `sample` is the first one that may reach into them; `held` as in `run`.
 LRTT_HD void queue_counts(const PulseParams& pulse, const BlockPlan& plan, int begin, int end, const Stream& lanes,
-                          int64_t lane0, int width, const Stream& one, int64_t other, bool lanes_are_x, uint32_t down_flip,
-                          int& sample, uint64_t (&held)[kLanes], Directions& queue) {
+                          int64_t lane0, int width, const Stream& one, int64_t other, bool lanes_are_x,
+                          uint32_t down_flip, int& sample, uint64_t (&held)[kLanes], Directions& queue) {
   const int low = begin * 32, high = end * 32;
   while (sample < plan.samples && plan.offset[sample + 1] <= low) ++sample;
   for (int s = sample; s < plan.samples && plan.offset[s] < high; ++s) {

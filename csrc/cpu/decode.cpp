@@ -73,7 +73,9 @@ bool decode_to(const Job& job, int64_t first, int64_t last) {
     decode_plain<Out>(job, first, last);
     return true;
   }
-  return with_type(job.type, [&](auto type) __attribute__((always_inline)) { decode_blocks<decltype(type), Out>(job, first, last); });
+  return with_type(job.type, [&](auto type) __attribute__((always_inline)) {
+    decode_blocks<decltype(type), Out>(job, first, last);
+  });
 }
 
 bool decode(const Job& job, int64_t first, int64_t last) {

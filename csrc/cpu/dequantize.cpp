@@ -36,7 +36,8 @@ void dequantize(const blocks::Job& job, int threads) {
   const DecodeKernel& kernel = decode_kernel();
   const int64_t total = job.row_count * job.row_blocks;
   if (!kernel.decode(job, 0, 0))
-    throw std::invalid_argument("lrtt::dequantize_: type must be one that the core decodes, got " + std::to_string(job.type));
+    throw std::invalid_argument("lrtt::dequantize_: type must be one that the core decodes, got " +
+                                std::to_string(job.type));
   constexpr int64_t piece = 1024;  // blocks; every element is decoded alike in any piece
   const int64_t pieces = (total + piece - 1) / piece;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && pieces > 8)

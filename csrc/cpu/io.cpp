@@ -23,8 +23,8 @@ const IoKernels& io_kernels() {
 
 template <class Job>
 ReadId id_of(const Job& job, int64_t sample) {
-  return ReadId{uint64_t(job.state[kKey]), uint32_t(job.first_sample + sample), uint32_t(*job.ticket), uint32_t(job.array),
-                uint32_t(job.round)};
+  return ReadId{uint64_t(job.state[kKey]), uint32_t(job.first_sample + sample), uint32_t(*job.ticket),
+                uint32_t(job.array), uint32_t(job.round)};
 }
 
 constexpr int64_t kWorthAThread = 16384;  // elements
@@ -56,8 +56,8 @@ void read_output(const OutputJob& job, int threads) {
       job.clipped[s] = 0;
       continue;
     }
-    job.clipped[s] = kernels.output(job.io, job.acc + s * job.n, job.n, id_of(job, s), job.per[s], job.per[job.samples + s],
-                                    job.y + s * job.n);
+    job.clipped[s] = kernels.output(job.io, job.acc + s * job.n, job.n, id_of(job, s), job.per[s],
+                                    job.per[job.samples + s], job.y + s * job.n);
   }
 }
 

@@ -1,5 +1,5 @@
-// The converters of io.h on one sample. Compiled with LRTT_ISA set to the name of an instruction set, like lanes.cpp and
-// under its rule: nothing here may call a non-inlined function of another header.
+// The converters of io.h on one sample. Compiled with LRTT_ISA set to the name of an instruction set, like lanes.cpp
+// and under its rule: nothing here may call a non-inlined function of another header.
 #include "lanes.h"
 
 namespace lrtt {
@@ -28,7 +28,8 @@ LRTT_HD void dithers(const ReadId& id, ReadStage stage, uint32_t group0, float (
     for (int l = 0; l < kLanes; ++l) out[kLanes * k + l] = uniform(words[k][l]) - 0.5f;
 }
 
-void input(const IoNumbers& numbers, const float* x, int64_t n, const ReadId& id, float* u, float* alpha_out, float* sigma) {
+void input(const IoNumbers& numbers, const float* x, int64_t n, const ReadId& id, float* u, float* alpha_out,
+           float* sigma) {
   const IoNumbers io = numbers;  // a copy: u could overlap the original, for all the compiler knows
   uint32_t largest = 0;
   if (io.management == float(kAbsMax))
@@ -57,7 +58,8 @@ void input(const IoNumbers& numbers, const float* x, int64_t n, const ReadId& id
       memcpy(value, x + e, sizeof(float) * size_t(width));
       if (dithered) dithers(id, kInputRounding, read_group(uint32_t(e)), dither);
       if (noisy) normals(id, kInputNoise, read_group(uint32_t(e)), xi);
-      for (int i = 0; i < kReadGroup; ++i) value[i] = fma_(noisy ? io.inp_noise : 0.0f, xi[i], dac(io, value[i], alpha, dither[i]));
+      for (int i = 0; i < kReadGroup; ++i)
+        value[i] = fma_(noisy ? io.inp_noise : 0.0f, xi[i], dac(io, value[i], alpha, dither[i]));
       memcpy(u + e, value, sizeof(float) * size_t(width));
     }
   }
@@ -70,7 +72,8 @@ void input(const IoNumbers& numbers, const float* x, int64_t n, const ReadId& id
   }
 }
 
-bool output(const IoNumbers& numbers, const float* acc, int64_t n, const ReadId& id, float alpha, float sigma, float* y) {
+bool output(const IoNumbers& numbers, const float* acc, int64_t n, const ReadId& id, float alpha, float sigma,
+            float* y) {
   const IoNumbers io = numbers;
   const bool noisy = sigma != 0.0f && alpha != 0.0f, dithered = io.out_round == float(kStochastic);
   uint32_t any = 0;

@@ -51,7 +51,8 @@ struct CellsJob {
   LRTT_HD CellId id(int64_t i) const { return CellId{uint64_t(state[kKey]), uint32_t(array), uint32_t(i)}; }
 };
 void draw_cells(const CellsJob& job, float* out, int threads);
-// Counts in *at_bound the cells at a bound; `write`: programs the cells to w, and counts what of w is at or beyond a bound.
+// Counts in *at_bound the cells at a bound; `write`: programs the cells to w, and counts what of w is at or beyond a
+// bound.
 void clip(const CellsJob& job, bool write, int64_t* at_bound, int threads);
 // Resets cells in columns [first, last) with probability `share`; `number` tells the resets of a step apart.
 struct ResetRange {

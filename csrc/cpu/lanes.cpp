@@ -3,7 +3,7 @@
 #include "lanes.h"
 
 #ifdef __BMI2__
-#include <immintrin.h>
+#  include <immintrin.h>
 #endif
 
 namespace lrtt {
@@ -88,8 +88,7 @@ LRTT_HD void generate_bits(const Operand& v, int64_t elements, int64_t e0, bool 
         for (int slot = 0; slot < bl; ++slot) {
           random_lanes(key, group0, c1 + uint32_t(slot), step, piece, random);
           for (int k = 0; k < 4; ++k)
-            for (int l = 0; l < kLanes; ++l)
-              fired[k][l] |= (random[k][l] < bits[k][l] ? 1u : 0u) << slot;
+            for (int l = 0; l < kLanes; ++l) fired[k][l] |= (random[k][l] < bits[k][l] ? 1u : 0u) << slot;
         }
       } else {
         Lanes undecided;
@@ -157,8 +156,9 @@ const NoiseTable noise_table;
 
 // Everything after the bits: lanes of one `other` index.
 template <class Device, int how, int planes>
-LRTT_HD void step_lanes(const DeviceParams& p, const CellLanes (&c)[planes], const Directions& queue, const uint32_t* cell,
-                        uint64_t key, uint32_t c1, uint32_t step, uint32_t c3, float (&w)[planes][kLanes], float* cut) {
+LRTT_HD void step_lanes(const DeviceParams& p, const CellLanes (&c)[planes], const Directions& queue,
+                        const uint32_t* cell, uint64_t key, uint32_t c1, uint32_t step, uint32_t c3,
+                        float (&w)[planes][kLanes], float* cut) {
   const bool noisy = p.dw_min_std > 0.0f;
   uint32_t most = 0;
   for (int l = 0; l < kLanes; ++l) most = queue.count[l] > most ? queue.count[l] : most;
@@ -174,8 +174,7 @@ LRTT_HD void step_lanes(const DeviceParams& p, const CellLanes (&c)[planes], con
         random[3][l] = r.w[3];
       }
       for (int k = 0; k < 8; ++k)
-        for (int l = 0; l < kLanes; ++l)
-          xi[k][l] = noise(noise_table.level, noise_bits(random[k / 2][l], uint32_t(k)));
+        for (int l = 0; l < kLanes; ++l) xi[k][l] = noise(noise_table.level, noise_bits(random[k / 2][l], uint32_t(k)));
     }
     const uint32_t* up = queue.up[n / 32];
     for (int l = 0; l < kLanes; ++l) {
@@ -195,12 +194,18 @@ LRTT_HD void step_lanes(const DeviceParams& p, const CellLanes (&c)[planes], con
 
 #include "counted_lanes.h"
 
-void generate(const Operand& v, int64_t elements, int64_t e0, bool is_x, const PulseParams& pulse, const BlockPlan& plan,
-              uint64_t key, uint32_t step, uint32_t array, const Stream& out) {
+void generate(const Operand& v, int64_t elements, int64_t e0, bool is_x, const PulseParams& pulse,
+              const BlockPlan& plan, uint64_t key, uint32_t step, uint32_t array, const Stream& out) {
   switch (form_of(pulse)) {
-    case kShortBits: generate_bits<false>(v, elements, e0, is_x, pulse, plan, key, step, array, out); break;
-    case kAnyBits: generate_bits<true>(v, elements, e0, is_x, pulse, plan, key, step, array, out); break;
-    default: generate_values(v, elements, e0, is_x, pulse, plan, key, step, array, out); break;
+    case kShortBits:
+      generate_bits<false>(v, elements, e0, is_x, pulse, plan, key, step, array, out);
+      break;
+    case kAnyBits:
+      generate_bits<true>(v, elements, e0, is_x, pulse, plan, key, step, array, out);
+      break;
+    default:
+      generate_values(v, elements, e0, is_x, pulse, plan, key, step, array, out);
+      break;
   }
 }
 
@@ -250,7 +255,8 @@ LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, i
     uint64_t held[kLanes] = {};  // directions not yet written to the queue
     for (int l = 0; l < kLanes; ++l) queue.count[l] = 0;
     if (counted)
-      queue_counts(job.pulse, plan, begin, end, lanes, lane0, width, one, other, along_columns, down_flip, sample, held, queue);
+      queue_counts(job.pulse, plan, begin, end, lanes, lane0, width, one, other, along_columns, down_flip, sample, held,
+                   queue);
     for (int word = begin; word < (counted ? begin : end); ++word) {
       const uint32_t ob = one.bits[word * one.ld + other];
       if (ob == 0) continue;
@@ -281,8 +287,7 @@ LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, i
     const int64_t i = first + l * stride;
     for (int plane = 0; plane < planes; ++plane) source[plane * size + i] = w[plane][l];
     if (how == kNoisy && touched[l])
-      job.w[i] = shown(p, CellId{key, uint32_t(job.array), cell[l]}, w[0][l], kByPulses,
-                       number, step);
+      job.w[i] = shown(p, CellId{key, uint32_t(job.array), cell[l]}, w[0][l], kByPulses, number, step);
     if (how == kPair && touched[l]) job.w[i] = w[0][l] - w[planes - 1][l];
     *lost += int64_t(double(cut[l]) * kFixedPoint + 0.5);
   }
@@ -294,9 +299,14 @@ int64_t pulses(const PulseJob& job, const BlockPlan& plan, int64_t lane0, int64_
   int64_t count = 0;
   with_device(int(job.device.kind), [&](auto device) __attribute__((always_inline)) {
     switch (hold(job.device)) {
-      case kNoisy: count = run<decltype(device), kNoisy>(job, plan, lane0, other, x, d, lost); break;
-      case kPair: count = run<decltype(device), kPair>(job, plan, lane0, other, x, d, lost); break;
-      default: count = run<decltype(device), kPlain>(job, plan, lane0, other, x, d, lost);
+      case kNoisy:
+        count = run<decltype(device), kNoisy>(job, plan, lane0, other, x, d, lost);
+        break;
+      case kPair:
+        count = run<decltype(device), kPair>(job, plan, lane0, other, x, d, lost);
+        break;
+      default:
+        count = run<decltype(device), kPlain>(job, plan, lane0, other, x, d, lost);
     }
   });
   return count;

@@ -26,10 +26,10 @@ LRTT_HD void random_lanes(uint64_t key, uint32_t group0, uint32_t c1, uint32_t c
 // The slots of one block of samples.
 struct BlockPlan {
   int samples;
-  int64_t first_sample;   // global index, the random counter
-  int words;              // of the stream
-  int row[kBlockSamples]; // operand row of each sample
-  float eta_sign;         // of the learning rate
+  int64_t first_sample;    // global index, the random counter
+  int words;               // of the stream
+  int row[kBlockSamples];  // operand row of each sample
+  float eta_sign;          // of the learning rate
   Train train[kBlockSamples];
   int offset[kBlockSamples + 1];  // first slot of each sample
 };
@@ -62,7 +62,8 @@ struct IoKernels {
   // Fills u[n] and the sample's alpha and sigma.
   void (*input)(const IoNumbers& io, const float* x, int64_t n, const ReadId& id, float* u, float* alpha, float* sigma);
   // Fills y[n]; returns whether an output was clipped.
-  bool (*output)(const IoNumbers& io, const float* acc, int64_t n, const ReadId& id, float alpha, float sigma, float* y);
+  bool (*output)(const IoNumbers& io, const float* acc, int64_t n, const ReadId& id, float alpha, float sigma,
+                 float* y);
 };
 
 }  // namespace lrtt

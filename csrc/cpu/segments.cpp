@@ -5,9 +5,9 @@
 
 // The same operations in the same order on wider registers.
 #if defined(LRTT_X86_CLONES) && defined(__GNUC__) && !defined(__clang__)
-#define LRTT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#  define LRTT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else
-#define LRTT_CLONES
+#  define LRTT_CLONES
 #endif
 
 namespace lrtt::cpu {
@@ -34,8 +34,8 @@ struct Stack {
 // The strips of one block, elements begin to end of a parameter. `n` is a constant but in the last strip, so that the
 // loops over it are unrolled.
 template <class T>
-inline __attribute__((always_inline)) void strip(const SegmentCall& call, const SegmentJob& job, int64_t first, const int n,
-                                                 Stack<T>& stack, double* lanes, uint8_t* bad) {
+inline __attribute__((always_inline)) void strip(const SegmentCall& call, const SegmentJob& job, int64_t first,
+                                                 const int n, Stack<T>& stack, double* lanes, uint8_t* bad) {
   const T scale = T(*call.scale);
   int depth = 0, node = 0;
   const int steps = int(call.program.size());
@@ -74,12 +74,12 @@ inline __attribute__((always_inline)) void strip(const SegmentCall& call, const 
   }
 }
 
-#define LRTT_STRIPS(T)                                                                                                    \
-  LRTT_CLONES void strips(const SegmentCall& call, const SegmentJob& job, int64_t begin, int64_t end, Stack<T>& stack,    \
-                          double* lanes, uint8_t* bad) {                                                                  \
-    int64_t first = begin;                                                                                                \
-    for (; first + kStrip <= end; first += kStrip) strip<T>(call, job, first, kStrip, stack, lanes, bad);                 \
-    if (first < end) strip<T>(call, job, first, int(end - first), stack, lanes, bad);                                     \
+#define LRTT_STRIPS(T)                                                                                                 \
+  LRTT_CLONES void strips(const SegmentCall& call, const SegmentJob& job, int64_t begin, int64_t end, Stack<T>& stack, \
+                          double* lanes, uint8_t* bad) {                                                               \
+    int64_t first = begin;                                                                                             \
+    for (; first + kStrip <= end; first += kStrip) strip<T>(call, job, first, kStrip, stack, lanes, bad);              \
+    if (first < end) strip<T>(call, job, first, int(end - first), stack, lanes, bad);                                  \
   }
 LRTT_STRIPS(float)
 LRTT_STRIPS(double)
@@ -135,7 +135,8 @@ void segment_sum(const SegmentCall& call, void* workspace, int threads) {
     const int64_t blocks = blocks_of(job);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && blocks > 8)
     for (int64_t b = 0; b < blocks; ++b)
-      job.is_double ? block<double>(call, job, b, number + b, partial) : block<float>(call, job, b, number + b, partial);
+      job.is_double ? block<double>(call, job, b, number + b, partial)
+                    : block<float>(call, job, b, number + b, partial);
     number += blocks;
   }
   if (partial == nullptr) return;

@@ -10,9 +10,8 @@ void set_cells(const CellsJob& job, int64_t first, int64_t last, WriteEvent even
   const Held held = job.held();
 #pragma omp parallel for num_threads(threads) if (threads > 1 && last - first > 4096)
   for (int64_t i = first; i < last; ++i) {
-    with_device(int(job.device.kind), [&](auto device) {
-      set_cell<decltype(device)>(job.device, job.id(i), held, held.w[i], event, c2);
-    });
+    with_device(int(job.device.kind),
+                [&](auto device) { set_cell<decltype(device)>(job.device, job.id(i), held, held.w[i], event, c2); });
   }
 }
 
@@ -80,11 +79,10 @@ void transfer_pulsed(const TransferJob& job, bool residual, void* workspace, int
   for (int q = 0; q < job.r; ++q) {
     // Term q: x = B[q, :], d = A[:, q].
     const uint32_t x_max = lanes.largest(b + int64_t(q) * job.k, job.k, 1), d_max = lanes.largest(a + q, job.d, job.r);
-    const int words = transfer_words(tau, x_max, d_max, job.visible.granularity, target.pulse.desired_bl,
-                                     int(tile.max_words));
+    const int words =
+        transfer_words(tau, x_max, d_max, job.visible.granularity, target.pulse.desired_bl, int(tile.max_words));
     bool finite;
-    const Train train = plan_train(tau / float(words), x_max, d_max, job.visible.granularity,
-                                   target.pulse, finite);
+    const Train train = plan_train(tau / float(words), x_max, d_max, job.visible.granularity, target.pulse, finite);
     if (!finite) count_nonfinite(job.counts, job.state[kStep], 1);
     if (train.bl > 0) {
       const double intended = double(abs_(tau)) * lane_sum(a + q, job.d, job.r, 1.0f, false) *

@@ -13,10 +13,11 @@ extern const LaneKernels lane_kernels_v3, lane_kernels_v4;
 const LaneKernels& lane_kernels() {
 #ifdef LRTT_X86_CLONES
   static const LaneKernels& best = [&]() -> const LaneKernels& {
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw"))
       return lane_kernels_v4;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")) return lane_kernels_v3;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+      return lane_kernels_v3;
     return lane_kernels_base;
   }();
   return best;
@@ -76,8 +77,7 @@ void apply_block(const PulseJob& job, BlockPlan& plan, void* workspace, int thre
     }
 #pragma omp for schedule(dynamic, 4)
     for (int64_t g = 0; g < groups; ++g)
-      for (int64_t o = 0; o < shorter; ++o)
-        count += k.pulses(job, plan, g * kLanes, o, x, d, &lost);
+      for (int64_t o = 0; o < shorter; ++o) count += k.pulses(job, plan, g * kLanes, o, x, d, &lost);
   }
   job.counts[k_pulses_a + job.array] += count;
   if (job.array == kC) job.counts[k_lost] += lost;
@@ -205,9 +205,8 @@ void relax(const std::vector<CellsJob>& jobs, int threads) {
     const uint32_t step = uint32_t(job.state[kStep]);
 #pragma omp parallel for num_threads(threads) if (threads > 1 && size > 4096)
     for (int64_t i = 0; i < size; ++i) {
-      with_device(int(job.device.kind), [&](auto device) {
-        relax_cell<decltype(device)>(job.device, job.id(i), job.held(), step);
-      });
+      with_device(int(job.device.kind),
+                  [&](auto device) { relax_cell<decltype(device)>(job.device, job.id(i), job.held(), step); });
     }
   }
 }

@@ -1,4 +1,5 @@
-// What concerns cells one by one: drawing them, programming, reset, decay and diffusion; and the versions of the CUDA runtime and driver.
+// What concerns cells one by one: drawing them, programming, reset, decay and diffusion; and the versions of the CUDA
+// runtime and driver.
 #include "common.cuh"
 
 namespace lrtt::cuda {
@@ -35,7 +36,8 @@ __global__ void __launch_bounds__(kThreads) reset_cells(const cpu::CellsJob job,
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= job.held().size || i % job.n < range.first || i % job.n >= range.last) return;
   with_device(int(job.device.kind), [&](auto device) {
-    reset_cell<decltype(device)>(job.device, job.id(i), job.held(), range.share, range.number, uint32_t(job.state[kStep]));
+    reset_cell<decltype(device)>(job.device, job.id(i), job.held(), range.share, range.number,
+                                 uint32_t(job.state[kStep]));
   });
 }
 

@@ -45,8 +45,8 @@ class Arena {
   size_t used_ = 0;
 };
 
-// A table of jobs travels as a kernel argument, which a graph captures by value, and is stored in scratch memory for the
-// kernels that follow. So one launch of each serves any number of tiles.
+// A table of jobs travels as a kernel argument, which a graph captures by value, and is stored in scratch memory for
+// the kernels that follow. So one launch of each serves any number of tiles.
 template <class Job, int capacity>
 struct Page {
   Job job[capacity];

@@ -1,4 +1,5 @@
-// Counted trains (mean_count, deterministic_implicit): the values of both sides are stored, each cell counts its pulses.
+// Counted trains (mean_count, deterministic_implicit): the values of both sides are stored, each cell counts its
+// pulses.
 #include "pulses.cuh"
 
 namespace lrtt::cuda {
@@ -38,7 +39,8 @@ __device__ __forceinline__ void make_value(const DevicePulse& p, int64_t task, i
 }
 
 // Resident blocks run through the tasks of all jobs, as in make_streams.
-__global__ void __launch_bounds__(kWordThreads) make_values(const DevicePulse* table, int count, int round, Predicate predicate) {
+__global__ void __launch_bounds__(kWordThreads)
+    make_values(const DevicePulse* table, int count, int round, Predicate predicate) {
   if (predicate.jobs && !any_fires(predicate, count)) return;
   int64_t b = blockIdx.x;  // counted from the first task of the present job
   for (int i = 0; i < count; ++i) {
@@ -78,7 +80,7 @@ __device__ void run_counts(const DevicePulse& p, int tile_block, int round, cons
     const CellId id{key, uint32_t(job.array), index};
     const int64_t size = int64_t(job.m) * job.n;
     const Cell cell = draw_cell<Device>(device, id);
-    Cell minus_cell{};  // the second of a pair
+    Cell minus_cell{};                                                          // the second of a pair
     float w = (how == kPlain ? job.w : job.cells)[index] + 0.0f, minus = 0.0f;  // no negative zero
     if (how == kPair) {
       minus_cell = draw_cell<Device>(device, minus_of(id));
@@ -143,8 +145,9 @@ __device__ void run_counts(const DevicePulse& p, int tile_block, int round, cons
 
 // Resident blocks run through the cells of all jobs, as in apply_pulses.
 template <int how>
-__global__ void __launch_bounds__(kCellThreads, kCellBlocks) apply_counts(const DevicePulse* table, int count, int64_t blocks,
-                                                                         int round, const float* levels, Predicate predicate) {
+__global__ void __launch_bounds__(kCellThreads, kCellBlocks)
+    apply_counts(const DevicePulse* table, int count, int64_t blocks, int round, const float* levels,
+                 Predicate predicate) {
   __shared__ float scaled[kNoiseLevels];
   if (predicate.jobs && !any_fires(predicate, count)) return;
   float sigma = -1.0f;
@@ -159,22 +162,29 @@ __global__ void __launch_bounds__(kCellThreads, kCellBlocks) apply_counts(const 
       __syncthreads();
     }
     const int tile_block = int(block - p.first_cell_block);
-    with_device(int(p.job.device.kind), [&](auto device) { run_counts<decltype(device), how>(p, tile_block, round, scaled); });
+    with_device(int(p.job.device.kind),
+                [&](auto device) { run_counts<decltype(device), how>(p, tile_block, round, scaled); });
   }
 }
 
 }  // namespace
 
-void launch_values(const DevicePulse* table, int count, unsigned grid, int round, Predicate predicate, cudaStream_t stream) {
+void launch_values(const DevicePulse* table, int count, unsigned grid, int round, Predicate predicate,
+                   cudaStream_t stream) {
   make_values<<<grid, kWordThreads, 0, stream>>>(table, count, round, predicate);
 }
 
 void launch_counted_cells(const DevicePulse* table, int count, int how, int64_t blocks, unsigned grid, int round,
                           const float* levels, Predicate predicate, cudaStream_t stream) {
   switch (how) {
-    case kNoisy: apply_counts<kNoisy><<<grid, kCellThreads, 0, stream>>>(table, count, blocks, round, levels, predicate); break;
-    case kPair: apply_counts<kPair><<<grid, kCellThreads, 0, stream>>>(table, count, blocks, round, levels, predicate); break;
-    default: apply_counts<kPlain><<<grid, kCellThreads, 0, stream>>>(table, count, blocks, round, levels, predicate);
+    case kNoisy:
+      apply_counts<kNoisy><<<grid, kCellThreads, 0, stream>>>(table, count, blocks, round, levels, predicate);
+      break;
+    case kPair:
+      apply_counts<kPair><<<grid, kCellThreads, 0, stream>>>(table, count, blocks, round, levels, predicate);
+      break;
+    default:
+      apply_counts<kPlain><<<grid, kCellThreads, 0, stream>>>(table, count, blocks, round, levels, predicate);
   }
 }
 

@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kThreads) decode(const Job job, bool aligned) 
 template <class T, class Out>
 void launch(const Job& job, cudaStream_t stream) {
   const int64_t runs = job.row_count * job.row_blocks * (T::kSize / kRun);
-  const bool aligned = reinterpret_cast<uintptr_t>(job.out) % 16 == 0 && job.out_stride * int64_t(sizeof(Out)) % 16 == 0;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(job.out) % 16 == 0 && job.out_stride * int64_t(sizeof(Out)) % 16 == 0;
   decode<T, Out><<<unsigned(blocks_of(runs, kThreads)), kThreads, 0, stream>>>(job, aligned);
 }
 
@@ -68,7 +69,8 @@ void dequantize(const Job& job, void* stream) {
     }
   });
   if (!known)
-    throw std::invalid_argument("lrtt::dequantize_: type must be one that the core decodes, got " + std::to_string(job.type));
+    throw std::invalid_argument("lrtt::dequantize_: type must be one that the core decodes, got " +
+                                std::to_string(job.type));
   check(cudaGetLastError(), "dequantize");
 }
 

@@ -35,8 +35,8 @@ __device__ __forceinline__ Access access(const Operand& v, int elements, const i
   return !whole ? kScattered : v.type == kFloat32 ? kVectorFloat : kVectorBFloat16;
 }
 
-// The operand's four elements of one sample. `read` gives them as they lie in memory, so that a load is not waited for before its
-// use; `decode` makes float bits of them.
+// The operand's four elements of one sample. `read` gives them as they lie in memory, so that a load is not waited for
+// before its use; `decode` makes float bits of them.
 template <Access kind>
 struct Reader {
   const char* at;  // sample 0
@@ -82,15 +82,18 @@ struct Side {
   uint32_t step, c3;
   const PulseJob& job;
   __device__ __forceinline__ Side(const PulseJob& j, bool x)
-      : is_x(x), key(uint64_t(j.state[kKey])), step(uint32_t(j.state[kStep])),
-        c3(counter3(x ? kBitX : kBitD, uint32_t(j.array), 0)), job(j) {}
+      : is_x(x),
+        key(uint64_t(j.state[kKey])),
+        step(uint32_t(j.state[kStep])),
+        c3(counter3(x ? kBitX : kBitD, uint32_t(j.array), 0)),
+        job(j) {}
 };
 
-// The slots in which the four elements of a group fire for one sample. `any` (Form kAnyBits): the 32 slots from 32 * piece on, of
-// probabilities on a grid.
+// The slots in which the four elements of a group fire for one sample. `any` (Form kAnyBits): the 32 slots from 32 *
+// piece on, of probabilities on a grid.
 template <bool any>
-__device__ __forceinline__ void fire(const Side& side, const uint4& raw, const Planned& t, int group, uint32_t sample, int piece,
-                                     uint32_t (&fired)[4]) {
+__device__ __forceinline__ void fire(const Side& side, const uint4& raw, const Planned& t, int group, uint32_t sample,
+                                     int piece, uint32_t (&fired)[4]) {
   const float scale = side.is_x ? t.sx : t.sd;
   const uint32_t value[4] = {raw.x, raw.y, raw.z, raw.w}, c1 = sample * 64u;
   Words grid{};
@@ -102,7 +105,8 @@ __device__ __forceinline__ void fire(const Side& side, const uint4& raw, const P
   for (int k = 0; k < 4; ++k) {
     float chance = abs_(from_bits(value[k])) * scale;
     if (any)
-      chance = on_grid(chance, side.is_x ? side.job.pulse.x_res : side.job.pulse.d_res, side.job.pulse.sto_round != 0, grid.w[k]);
+      chance = on_grid(chance, side.is_x ? side.job.pulse.x_res : side.job.pulse.d_res, side.job.pulse.sto_round != 0,
+                       grid.w[k]);
     limit[k] = threshold(chance);
     fired[k] = 0;
   }
@@ -161,10 +165,11 @@ __device__ __forceinline__ uint32_t or_parts(uint32_t v) {
   return v;
 }
 
-// Word `word` of a block's stream, for kWarpGroups groups of one side, by a warp: thread (part, group) takes every kParts-th sample.
+// Word `word` of a block's stream, for kWarpGroups groups of one side, by a warp: thread (part, group) takes every
+// kParts-th sample.
 template <Access kind, bool any>
-__device__ __forceinline__ void make_word(const Operand& v, int elements, const BlockView& samples, const Side& side, int word,
-                                          int chunk, uint32_t* to_bits_, uint32_t* to_neg) {
+__device__ __forceinline__ void make_word(const Operand& v, int elements, const BlockView& samples, const Side& side,
+                                          int word, int chunk, uint32_t* to_bits_, uint32_t* to_neg) {
   const int lane = int(threadIdx.x % 32), part = lane / kWarpGroups, group = chunk * kWarpGroups + lane % kWarpGroups;
   const int low = word * 32, last = 4 * group < elements ? samples.samples : 0;
   const Reader<kind> reader(v, elements, group, samples);
@@ -189,7 +194,8 @@ __device__ __forceinline__ void make_word(const Operand& v, int elements, const 
     if (t.bl == 0) continue;
     const uint4 value = Reader<kind>::decode(raw);
     const uint32_t element[4] = {value.x, value.y, value.z, value.w};
-    int shift = t.first - low, piece = any && shift < 0 ? -shift / 32 : 0;  // pieces that end before the word are passed over
+    int shift = t.first - low,
+        piece = any && shift < 0 ? -shift / 32 : 0;  // pieces that end before the word are passed over
     if (any) shift += 32 * piece;
     do {
       uint32_t fired[4];
@@ -233,9 +239,15 @@ __device__ __forceinline__ void make_words(const DevicePulse& p, int64_t task, i
   uint32_t* bits = (is_x ? p.x_bits : p.d_bits) + int64_t(row) * elements;
   uint32_t* neg = (is_x ? p.x_neg : p.d_neg) + int64_t(row) * elements;
   switch (access(v, elements, samples.rows)) {
-    case kVectorFloat: make_word<kVectorFloat, any>(v, elements, samples, side, word, chunk, bits, neg); break;
-    case kVectorBFloat16: make_word<kVectorBFloat16, any>(v, elements, samples, side, word, chunk, bits, neg); break;
-    case kScattered: make_word<kScattered, any>(v, elements, samples, side, word, chunk, bits, neg); break;
+    case kVectorFloat:
+      make_word<kVectorFloat, any>(v, elements, samples, side, word, chunk, bits, neg);
+      break;
+    case kVectorBFloat16:
+      make_word<kVectorBFloat16, any>(v, elements, samples, side, word, chunk, bits, neg);
+      break;
+    case kScattered:
+      make_word<kScattered, any>(v, elements, samples, side, word, chunk, bits, neg);
+      break;
   }
 }
 
@@ -262,19 +274,20 @@ __global__ void __launch_bounds__(kWordThreads, any ? 4 : 6)
   }
 }
 
-// What the cells of one thread block read: a segment of both sides' streams (x the bits, y the signs), and the noise levels times
-// sigma.
+// What the cells of one thread block read: a segment of both sides' streams (x the bits, y the signs), and the noise
+// levels times sigma.
 struct Shared {
   uint2 longer[kSegmentWords][kLongLanes];
-  uint2 shorter[kShortRows][kSegmentWords];  // a row's words lie side by side: lanes at different words meet different banks
+  uint2 shorter[kShortRows]
+               [kSegmentWords];  // a row's words lie side by side: lanes at different words meet different banks
   float levels[kNoiseLevels];
 };
 
-// Stored words [row0, row0 + words) of `width` elements from `first` on, zero beyond `elements`; signs are turned by `flip`.
-// Word w of element e goes to to[w * by_word + e * by_element].
+// Stored words [row0, row0 + words) of `width` elements from `first` on, zero beyond `elements`; signs are turned by
+// `flip`. Word w of element e goes to to[w * by_word + e * by_element].
 template <int width, int by_word, int by_element>
-__device__ __forceinline__ void copy_stored(const uint32_t* bits, const uint32_t* neg, int64_t row0, int words, int elements,
-                                            int first, uint32_t flip, uint2* to) {
+__device__ __forceinline__ void copy_stored(const uint32_t* bits, const uint32_t* neg, int64_t row0, int words,
+                                            int elements, int first, uint32_t flip, uint2* to) {
   constexpr int rows = kCellThreads / width;
   const int lane = int(threadIdx.x) % width, word0 = int(threadIdx.x) / width;
   const bool inside = first + lane < elements;
@@ -284,7 +297,8 @@ __device__ __forceinline__ void copy_stored(const uint32_t* bits, const uint32_t
     to[word * by_word + lane * by_element] = inside ? uint2{bits[at], neg[at] ^ flip} : uint2{0, 0};
 }
 
-// All pulses of kCellThreads cells, block of samples by block of samples. `loses`: count what the bounds cut. `how`: Hold.
+// All pulses of kCellThreads cells, block of samples by block of samples. `loses`: count what the bounds cut. `how`:
+// Hold.
 template <class Device, bool loses, int how>
 __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, int round, Shared& shared) {
   const PulseJob& job = p.job;
@@ -322,10 +336,10 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
       const int many = min(words - begin, kSegmentWords);
       __syncthreads();  // the segment before is done with
       const int64_t row0 = p.place[block] + begin;
-      copy_stored<kShortRows, 1, kSegmentWords>(along_columns ? p.d_bits : p.x_bits, along_columns ? p.d_neg : p.x_neg, row0, many,
-                                                shorter, short0, flip, &shared.shorter[0][0]);
-      copy_stored<kLongLanes, kLongLanes, 1>(along_columns ? p.x_bits : p.d_bits, along_columns ? p.x_neg : p.d_neg, row0, many,
-                                             longer, long0, 0, &shared.longer[0][0]);
+      copy_stored<kShortRows, 1, kSegmentWords>(along_columns ? p.d_bits : p.x_bits, along_columns ? p.d_neg : p.x_neg,
+                                                row0, many, shorter, short0, flip, &shared.shorter[0][0]);
+      copy_stored<kLongLanes, kLongLanes, 1>(along_columns ? p.x_bits : p.d_bits, along_columns ? p.x_neg : p.d_neg,
+                                             row0, many, longer, long0, 0, &shared.longer[0][0]);
       __syncthreads();
       const uint32_t c1 = segment_counter(p.first_block + uint32_t(block), begin, 0).c1;
       // A lane walks its own words: only the number of pulses, not where they lie, makes lanes wait for each other.
@@ -352,7 +366,8 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
           const float xi = noise(shared.levels, noise_bits(random.w[k / 2], uint32_t(k)));
           float over = 0.0f;
           const bool upwards = (up & (m ^ rest)) != 0, on_minus = how == kPair && !upwards;
-          const float next = pulse<Device>(device, on_minus ? minus_cell : cell, on_minus ? minus : w, how == kPair || upwards, xi, over);
+          const float next = pulse<Device>(device, on_minus ? minus_cell : cell, on_minus ? minus : w,
+                                           how == kPair || upwards, xi, over);
           if (m != 0) {
             (on_minus ? minus : w) = next;
             if (loses) cut += over;
@@ -380,10 +395,12 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
   }
 }
 
-// One kernel a device model and Hold, so that each has the registers it needs. Resident blocks run through the cells of all jobs.
+// One kernel a device model and Hold, so that each has the registers it needs. Resident blocks run through the cells of
+// all jobs.
 template <class Device, bool loses, int how>
-__global__ void __launch_bounds__(kCellThreads, kCellBlocks) apply_pulses(const DevicePulse* table, int count, int64_t blocks,
-                                                                         int round, const float* levels, Predicate predicate) {
+__global__ void __launch_bounds__(kCellThreads, kCellBlocks)
+    apply_pulses(const DevicePulse* table, int count, int64_t blocks, int round, const float* levels,
+                 Predicate predicate) {
   __shared__ Shared shared;
   if (predicate.jobs && !any_fires(predicate, count)) return;
   float sigma = -1.0f;
@@ -435,7 +452,8 @@ PulseSet place_streams(std::vector<DevicePulse>& jobs, int first, int last, size
       p.d_neg = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.m));
     }
     set.word_blocks += word_blocks(p);
-    const bool follows = i > first && same_kernel(jobs[size_t(i) - 1].job, p.job);  // blocks of one kernel are numbered through
+    const bool follows =
+        i > first && same_kernel(jobs[size_t(i) - 1].job, p.job);  // blocks of one kernel are numbered through
     p.first_cell_block = follows ? jobs[size_t(i) - 1].first_cell_block + cell_blocks(jobs[size_t(i) - 1]) : 0;
   }
   return set;
@@ -453,7 +471,8 @@ DevicePulse describe(const PulseJob& job, const PulseParams& pulse) {
   if (first_block + blocks > kMostBlocks)
     throw std::invalid_argument("lightning_lrtt: samples of a pulsed update on a CUDA device must be at most " +
                                 std::to_string(kMostBlocks * p.samples) + " in one step with trains of up to " +
-                                std::to_string(most_slots(pulse)) + " slots, got " + std::to_string(job.first_sample + job.samples) +
+                                std::to_string(most_slots(pulse)) + " slots, got " +
+                                std::to_string(job.first_sample + job.samples) +
                                 "; split the batch or shorten the trains");
   p.first_block = uint32_t(first_block);
   p.blocks = int(blocks);
@@ -502,19 +521,25 @@ std::vector<PulseSet> arrange(std::vector<DevicePulse>& jobs, Arena& arena) {
 
 void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table, const std::vector<PulseSet>& sets,
                   const float* levels, Predicate predicate, cudaStream_t stream) {
-  const int64_t most_words = int64_t(2048 / kWordThreads) * processors(), most_cells = int64_t(kCellBlocks) * processors();
+  const int64_t most_words = int64_t(2048 / kWordThreads) * processors(),
+                most_cells = int64_t(kCellBlocks) * processors();
   for (const PulseSet& set : sets) {
-    const auto from = [&](int first) { return Predicate{predicate.jobs ? predicate.jobs + first : nullptr, predicate.force}; };
+    const auto from = [&](int first) {
+      return Predicate{predicate.jobs ? predicate.jobs + first : nullptr, predicate.force};
+    };
     for (int round = 0; round < set.rounds; ++round) {
       const unsigned word_grid = unsigned(set.word_blocks < most_words ? set.word_blocks : most_words);
       switch (jobs[size_t(set.first)].form) {
         case kShortBits:
-          make_streams<false><<<word_grid, kWordThreads, 0, stream>>>(table + set.first, set.count, round, from(set.first));
+          make_streams<false>
+              <<<word_grid, kWordThreads, 0, stream>>>(table + set.first, set.count, round, from(set.first));
           break;
         case kAnyBits:
-          make_streams<true><<<word_grid, kWordThreads, 0, stream>>>(table + set.first, set.count, round, from(set.first));
+          make_streams<true>
+              <<<word_grid, kWordThreads, 0, stream>>>(table + set.first, set.count, round, from(set.first));
           break;
-        default: launch_values(table + set.first, set.count, word_grid, round, from(set.first), stream);
+        default:
+          launch_values(table + set.first, set.count, word_grid, round, from(set.first), stream);
       }
       for (int first = set.first, last = first; first < set.first + set.count; first = last) {
         while (last < set.first + set.count && same_kernel(jobs[size_t(first)].job, jobs[size_t(last)].job)) ++last;
@@ -522,7 +547,8 @@ void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table
         const int64_t blocks = end.first_cell_block + cell_blocks(end);
         const unsigned grid = unsigned(blocks < most_cells ? blocks : most_cells);
         if (end.form == kCounted) {
-          launch_counted_cells(table + first, last - first, hold(end.job.device), blocks, grid, round, levels, from(first), stream);
+          launch_counted_cells(table + first, last - first, hold(end.job.device), blocks, grid, round, levels,
+                               from(first), stream);
           continue;
         }
         with_device(int(end.job.device.kind), [&](auto device) {
@@ -533,9 +559,14 @@ void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table
           };
           const auto launch_held = [&](auto loses) {
             switch (hold(end.job.device)) {
-              case kNoisy: launch(loses, std::integral_constant<int, kNoisy>{}); break;
-              case kPair: launch(loses, std::integral_constant<int, kPair>{}); break;
-              default: launch(loses, std::integral_constant<int, kPlain>{});
+              case kNoisy:
+                launch(loses, std::integral_constant<int, kNoisy>{});
+                break;
+              case kPair:
+                launch(loses, std::integral_constant<int, kPair>{});
+                break;
+              default:
+                launch(loses, std::integral_constant<int, kPlain>{});
             }
           };
           if (end.job.array == kC) {  // only C's loss is counted

@@ -1,7 +1,7 @@
 // The three stages of a pulsed update on the device, shared by updates (update.cu) and transfers (transfer.cu):
-// trains -> streams of bits -> pulses on cells. Streams are stored for as many blocks of samples as their share of the scratch
-// memory holds; the last two stages run in rounds until all blocks are done. How many blocks a round takes is decided on the device
-// from the trains, so that short trains need one round and the others return at once.
+// trains -> streams of bits -> pulses on cells. Streams are stored for as many blocks of samples as their share of the
+// scratch memory holds; the last two stages run in rounds until all blocks are done. How many blocks a round takes is
+// decided on the device from the trains, so that short trains need one round and the others return at once.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -15,8 +15,8 @@ constexpr int kCellBlocks = 2;  // resident on a multiprocessor
 constexpr int kWordThreads = 128;
 // So that the noise counter of every segment fits c1 (segment_counter): c3 stays a constant of the cell kernels.
 constexpr int64_t kMostBlocks = (int64_t(1) << 24) / kBlockSegments;
-constexpr int kLongLanes = 32;                          // cells of a warp lie along the longer side
-constexpr int kShortRows = kCellThreads / kLongLanes;   // one warp per index of the shorter side
+constexpr int kLongLanes = 32;                         // cells of a warp lie along the longer side
+constexpr int kShortRows = kCellThreads / kLongLanes;  // one warp per index of the shorter side
 
 // The train of one sample and its first slot in the block's stream: one 16-byte load.
 struct alignas(16) Planned {
@@ -25,26 +25,26 @@ struct alignas(16) Planned {
   int first;
 };
 
-// A PulseJob and its scratch. Streams are [stream row][element]; a row is a word of slots, or of a counted train a sample: then
-// bits are its counted values with the signs of the operand, and there is no neg.
+// A PulseJob and its scratch. Streams are [stream row][element]; a row is a word of slots, or of a counted train a
+// sample: then bits are its counted values with the signs of the operand, and there is no neg.
 struct DevicePulse {
   PulseJob job;
-  int form;                   // Form
-  int samples;                // of a block; kBlockSamples of them in form kShortBits
-  uint32_t first_block;       // number of block 0 in the random counters
+  int form;              // Form
+  int samples;           // of a block; kBlockSamples of them in form kShortBits
+  uint32_t first_block;  // number of block 0 in the random counters
   int blocks;
-  int block_words;            // most stream rows of one block
-  int most_rounds;            // room in begin
-  int capacity;               // stream rows of one round, a multiple of block_words
-  int transfer;               // 1: samples are words of terms (rows), guarded by the transfer predicate
-  int along_columns;          // the longer side
-  float eta_sign;             // transfer only; an update reads *eta
-  uint32_t* maxima;           // [samples][2], update only
-  Planned* trains;            // [blocks][samples]
-  int* rows;                  // [blocks][samples], transfer only
-  int* words;                 // [blocks], stream rows
-  int* place;                 // [blocks], first stream row of a block in its round
-  int* begin;                 // [most_rounds + 1], round r takes blocks begin[r] .. begin[r + 1] - 1
+  int block_words;    // most stream rows of one block
+  int most_rounds;    // room in begin
+  int capacity;       // stream rows of one round, a multiple of block_words
+  int transfer;       // 1: samples are words of terms (rows), guarded by the transfer predicate
+  int along_columns;  // the longer side
+  float eta_sign;     // transfer only; an update reads *eta
+  uint32_t* maxima;   // [samples][2], update only
+  Planned* trains;    // [blocks][samples]
+  int* rows;          // [blocks][samples], transfer only
+  int* words;         // [blocks], stream rows
+  int* place;         // [blocks], first stream row of a block in its round
+  int* begin;         // [most_rounds + 1], round r takes blocks begin[r] .. begin[r + 1] - 1
   uint32_t *x_bits, *x_neg, *d_bits, *d_neg;
   int64_t first_sample_warp, first_plan_block, first_cell_block;
 };
@@ -75,7 +75,8 @@ void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table
                   const float* levels, Predicate predicate, cudaStream_t stream);
 
 // Counted trains in a round: the values of `count` jobs, and the pulses of `count` jobs that one Hold has.
-void launch_values(const DevicePulse* table, int count, unsigned grid, int round, Predicate predicate, cudaStream_t stream);
+void launch_values(const DevicePulse* table, int count, unsigned grid, int round, Predicate predicate,
+                   cudaStream_t stream);
 void launch_counted_cells(const DevicePulse* table, int count, int how, int64_t blocks, unsigned grid, int round,
                           const float* levels, Predicate predicate, cudaStream_t stream);
 
@@ -169,7 +170,8 @@ __device__ __forceinline__ void load4(const Operand& v, int64_t at, int left, fl
   for (int k = 0; k < 4; ++k) value[k] = k < left ? load(v, at + k * v.es) : 0.0f;
 }
 
-// The first slots of a block's trains, by all kBlockSamples threads (bl = 0 beyond its samples); returns the number of words.
+// The first slots of a block's trains, by all kBlockSamples threads (bl = 0 beyond its samples); returns the number of
+// words.
 __device__ __forceinline__ int scan_trains(int bl, int& first) {
   __shared__ int sums[kBlockSamples / 32];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

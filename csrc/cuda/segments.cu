@@ -1,5 +1,5 @@
-// Segment sums on the GPU. The slots travel through memory once: a block takes the norms of its elements, then adds them
-// along the tree while they are still in the caches.
+// Segment sums on the GPU. The slots travel through memory once: a block takes the norms of its elements, then adds
+// them along the tree while they are still in the caches.
 #include "common.cuh"
 
 namespace lrtt::cuda {
@@ -102,7 +102,8 @@ __global__ void __launch_bounds__(kThreads) segment_blocks(const Call call) {
   const int64_t number = blockIdx.x;
   const DeviceSegments& p = find_job(call.table, call.count, number, &DeviceSegments::first_block);
   const int64_t base = (number - p.first_block) * kSegmentBlock + threadIdx.x;
-  if (call.square != nullptr) p.job.is_double ? norms<double>(call, p.job, base, number) : norms<float>(call, p.job, base, number);
+  if (call.square != nullptr)
+    p.job.is_double ? norms<double>(call, p.job, base, number) : norms<float>(call, p.job, base, number);
   p.job.is_double ? sums<double>(call, p.job, base) : sums<float>(call, p.job, base);
 }
 
@@ -178,8 +179,16 @@ void segment_sum(const SegmentCall& call, void* workspace, Stream handle) {
   store_table(table, l.table, stream);
   store_table(call.program, l.program, stream);
   store_table(pointers, l.pointers, stream);
-  const Call device{l.table,  int(table.size()), int(steps),     l.program,
-                    call.weights, call.scale,    call.stats ? l.square : nullptr, l.bad, blocks, call.redo};
+  const Call device{l.table,
+                    int(table.size()),
+                    int(steps),
+                    l.program,
+                    call.weights,
+                    call.scale,
+                    call.stats ? l.square : nullptr,
+                    l.bad,
+                    blocks,
+                    call.redo};
   segment_blocks<<<unsigned(blocks), kThreads, 0, stream>>>(device);
   if (call.stats) finish_norms<<<unsigned(steps), kSegmentFinalLanes, 0, stream>>>(device, call.stats);
   check(cudaGetLastError(), "segment sum");

@@ -1,5 +1,5 @@
-// Transfer of A*B into C, reinit of A and B, and the counters. Every kernel returns at once on a tile that is not due: the
-// decision is read from the tile's counter on the device.
+// Transfer of A*B into C, reinit of A and B, and the counters. Every kernel returns at once on a tile that is not due:
+// the decision is read from the tile's counter on the device.
 #include <algorithm>
 
 #include "pulses.cuh"
@@ -19,8 +19,8 @@ struct Term {
 
 struct DeviceTransfer {
   TransferJob job;
-  Term* terms;      // pulsed modes, [r]
-  int64_t pulse;    // index in the table of DevicePulse, -1 for a digital transfer
+  Term* terms;    // pulsed modes, [r]
+  int64_t pulse;  // index in the table of DevicePulse, -1 for a digital transfer
   int64_t first_cell_block, first_reinit_block;
 };
 
@@ -78,8 +78,8 @@ __device__ void plan_term(const TransferJob& job, int q, bool residual, Term& te
   }
 }
 
-__global__ void __launch_bounds__(kBlockSamples) plan_transfer(const DeviceTransfer* table, const DevicePulse* pulses,
-                                                               float* levels, int force) {
+__global__ void __launch_bounds__(kBlockSamples)
+    plan_transfer(const DeviceTransfer* table, const DevicePulse* pulses, float* levels, int force) {
   if (blockIdx.x == 0) fill_levels(levels, int(threadIdx.x), kBlockSamples);
   const DeviceTransfer& t = table[blockIdx.x];
   if (t.pulse < 0 || !fires(t.job, force)) return;
@@ -120,11 +120,10 @@ __global__ void __launch_bounds__(kBlockSamples) plan_transfer(const DeviceTrans
 
 // ------------------------------------------------------------------ digital
 
-__device__ __forceinline__ void set(const DeviceParams& device, const int64_t* state, uint32_t array, int64_t cell, Held held,
-                                    float target, WriteEvent event, uint32_t c2) {
+__device__ __forceinline__ void set(const DeviceParams& device, const int64_t* state, uint32_t array, int64_t cell,
+                                    Held held, float target, WriteEvent event, uint32_t c2) {
   const CellId id{uint64_t(state[kKey]), array, uint32_t(cell)};
-  with_device(int(device.kind),
-              [&](auto model) { set_cell<decltype(model)>(device, id, held, target, event, c2); });
+  with_device(int(device.kind), [&](auto model) { set_cell<decltype(model)>(device, id, held, target, event, c2); });
 }
 
 template <class T>
@@ -146,7 +145,8 @@ __device__ void add_product(const TransferJob& job, int64_t cell) {
 }
 
 // Resident blocks run through the cells of all tiles: a launch that finds no tile due must cost next to nothing.
-__global__ void __launch_bounds__(kThreads) transfer_digital(const DeviceTransfer* table, int count, int64_t blocks, int force) {
+__global__ void __launch_bounds__(kThreads)
+    transfer_digital(const DeviceTransfer* table, int count, int64_t blocks, int force) {
   bool due = false;
   for (int i = threadIdx.x; i < count; i += kThreads) due |= table[i].pulse < 0 && fires(table[i].job, force);
   if (!__syncthreads_or(due)) return;
@@ -178,13 +178,15 @@ __device__ void renew(const DeviceTransfer& t, int64_t e, uint32_t cycle, bool r
     T& a = static_cast<T*>(job.a)[e];
     a = residual ? T(excess(float(a), t.terms[e % job.r].limit)) : T(0);
     if (held)
-      set(job.fast, job.state, kA, e, Held{static_cast<float*>(job.a), job.cells_a, a_size}, float(a), kByReinit, cycle);
+      set(job.fast, job.state, kA, e, Held{static_cast<float*>(job.a), job.cells_a, a_size}, float(a), kByReinit,
+          cycle);
   }
   if (e < b_size && int(job.tile.reinit) != kOrthogonal && !(residual && t.terms[e / job.k].kept)) {
     T& b = static_cast<T*>(job.b)[e];
     b = T(fresh_b(job, cycle, uint32_t(e)));
     if (held)
-      set(job.fast, job.state, kB, e, Held{static_cast<float*>(job.b), job.cells_b, b_size}, float(b), kByReinit, cycle);
+      set(job.fast, job.state, kB, e, Held{static_cast<float*>(job.b), job.cells_b, b_size}, float(b), kByReinit,
+          cycle);
   }
 }
 
@@ -215,12 +217,12 @@ __device__ void renew_orthogonal(const TransferJob& job, uint32_t cycle) {
   }
   if (int(job.fast.kind) == kIdealFloat) return;
   const Held held{static_cast<float*>(job.b), job.cells_b, int64_t(job.r) * job.k};
-  for (int64_t e = lane; e < held.size; e += 32)
-    set(job.fast, job.state, kB, e, held, float(b[e]), kByReinit, cycle);
+  for (int64_t e = lane; e < held.size; e += 32) set(job.fast, job.state, kB, e, held, float(b[e]), kByReinit, cycle);
 }
 
 // `initial`: the draw of the present cycle, whatever the counter says.
-__global__ void __launch_bounds__(kThreads) reinit_tiles(const DeviceTransfer* table, int count, int force, int initial) {
+__global__ void __launch_bounds__(kThreads)
+    reinit_tiles(const DeviceTransfer* table, int count, int force, int initial) {
   const DeviceTransfer& t = find_job(table, count, int64_t(blockIdx.x), &DeviceTransfer::first_reinit_block);
   if (!initial && !fires(t.job, force)) return;
   const uint32_t cycle = uint32_t(t.job.state[kCycle]) + (initial ? 0u : 1u);
@@ -343,14 +345,16 @@ void transfer(const std::vector<TransferJob>& list, bool forced, void* workspace
   if (!layout.pulses.empty()) {
     store_table(layout.pulses, layout.pulse_table, stream);
     store_table(layout.pulsed, layout.pulse_jobs, stream);
-    plan_transfer<<<unsigned(count), kBlockSamples, 0, stream>>>(layout.table, layout.pulse_table, layout.levels, force);
+    plan_transfer<<<unsigned(count), kBlockSamples, 0, stream>>>(layout.table, layout.pulse_table, layout.levels,
+                                                                 force);
     check(cudaGetLastError(), "transfer planning");
-    apply_trains(layout.pulses, layout.pulse_table, layout.sets, layout.levels, Predicate{layout.pulse_jobs, force}, stream);
+    apply_trains(layout.pulses, layout.pulse_table, layout.sets, layout.levels, Predicate{layout.pulse_jobs, force},
+                 stream);
   }
   if (layout.digital) {
     const int64_t most = int64_t(2048 / kThreads) * processors();
     transfer_digital<<<unsigned(layout.cells < most ? layout.cells : most), kThreads, 0, stream>>>(layout.table, count,
-                                                                                                layout.cells, force);
+                                                                                                   layout.cells, force);
   }
   launch_reinit(layout, force, 0, stream);
   advance<<<unsigned(blocks_of(count, kThreads)), kThreads, 0, stream>>>(layout.table, count, force);

@@ -15,7 +15,8 @@ __device__ __forceinline__ uint32_t largest_bfloat16(const uint4* row, int vecto
   for (int i = lane; i < vectors; i += 32) {
     const uint4 v = row[i];
     constexpr uint32_t magnitude = 0x7fff7fffu;
-    top = __vmaxu2(top, __vmaxu2(__vmaxu2(v.x & magnitude, v.y & magnitude), __vmaxu2(v.z & magnitude, v.w & magnitude)));
+    top =
+        __vmaxu2(top, __vmaxu2(__vmaxu2(v.x & magnitude, v.y & magnitude), __vmaxu2(v.z & magnitude, v.w & magnitude)));
   }
   return max(top << 16, top & 0xffff0000u);
 }
@@ -112,7 +113,7 @@ void pulsed_update(const std::vector<PulseJob>& list, void* workspace, Stream ha
   const cudaStream_t stream = native(handle);
   store_table(layout.jobs, layout.table, stream);
   sample_maxima<<<unsigned(blocks_of(layout.warps, kMaximaWarps)), 32 * kMaximaWarps, 0, stream>>>(layout.table, count,
-                                                                                                 layout.warps);
+                                                                                                   layout.warps);
   plan_trains<<<unsigned(layout.plans), kBlockSamples, 0, stream>>>(layout.table, count, layout.levels);
   pack_rounds<<<unsigned(count), 32, 0, stream>>>(layout.table);
   check(cudaGetLastError(), "pulse planning");

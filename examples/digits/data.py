@@ -23,8 +23,14 @@ class DigitsDataModule(pl.LightningDataModule):
         split_seed: Seed of the split.
     """
 
-    def __init__(self, batch_size: int = 32, val_size: int = 240, test_size: int = 360, standardise: bool = True,
-                 split_seed: int = 0) -> None:
+    def __init__(
+        self,
+        batch_size: int = 32,
+        val_size: int = 240,
+        test_size: int = 360,
+        standardise: bool = True,
+        split_seed: int = 0,
+    ) -> None:
         super().__init__()
         self.batch_size, self.val_size, self.test_size = batch_size, val_size, test_size
         self.standardise, self.split_seed = standardise, split_seed

@@ -32,10 +32,22 @@ def digest(checkpoint: Path) -> str:
 
 def train(workers: int, epochs: int, folder: str) -> str:
     """Fit in new processes; return the digest of the result."""
-    command = [sys.executable, "-m", "lightning_lrtt.cli", "fit", "--config", "examples/digits/segmented.yaml",
-               f"--trainer.devices={workers}", f"--trainer.max_epochs={epochs}", f"--trainer.logger.save_dir={folder}",
-               "--trainer.enable_progress_bar=false", "--test_after_fit=false"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_lrtt.cli",
+        "fit",
+        "--config",
+        "examples/digits/segmented.yaml",
+        f"--trainer.devices={workers}",
+        f"--trainer.max_epochs={epochs}",
+        f"--trainer.logger.save_dir={folder}",
+        "--trainer.enable_progress_bar=false",
+        "--test_after_fit=false",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
     return digest(next(Path(folder).glob("segmented/version_0/checkpoints/last.ckpt")))
@@ -52,7 +64,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             start = time.monotonic()
             seen.add(result := train(workers, args.epochs, folder))
-            sys.stdout.write(f"{workers} worker{'s' if workers > 1 else ' '}  {result}  {time.monotonic() - start:.0f} s\n")
+            sys.stdout.write(
+                f"{workers} worker{'s' if workers > 1 else ' '}  {result}  {time.monotonic() - start:.0f} s\n"
+            )
             sys.stdout.flush()
     sys.exit(len(seen) != 1)
 

@@ -84,9 +84,7 @@ class FreeNudgedModule(pl.LightningModule):
             check_every=check_every,
         )
         if schedule is not None and not self.estimator.divides:
-            raise _check.fail(
-                "FreeNudgedModule", "schedule", "None for kind 'contrastive'", schedule, "it has no beta"
-            )
+            raise _check.fail("FreeNudgedModule", "schedule", "None for kind 'contrastive'", schedule, "it has no beta")
         self.schedule, self.statistics = schedule, statistics
         self.stats = PhaseStats(OBSERVABLES)
         first = next(iter(system.parameters()))

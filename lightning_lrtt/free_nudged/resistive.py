@@ -108,9 +108,7 @@ class ResistiveMLP(System):
         for size in sizes:
             _check.integer(name, "sizes", size, low=1)
         if any(size % 2 for size in sizes[1:-1]):
-            raise _check.fail(
-                name, "sizes", "even for hidden layers, whose halves carry opposite diodes", list(sizes)
-            )
+            raise _check.fail(name, "sizes", "even for hidden layers, whose halves carry opposite diodes", list(sizes))
         _check.number(name, "gain", gain, above=0.0)
         self.sizes, self.gain = tuple(sizes), gain
         self.cost_function = cost_named(name, cost)
@@ -193,9 +191,7 @@ class ResistiveMLP(System):
                     v[i] = self._solve(i, context, v, target, beta)
         return dict(zip(names, v, strict=True))
 
-    def _solve(
-        self, i: int, context: _Context, v: list[Tensor], target: Tensor | None, beta: Tensor | None
-    ) -> Tensor:
+    def _solve(self, i: int, context: _Context, v: list[Tensor], target: Tensor | None, beta: Tensor | None) -> Tensor:
         """Layer i + 1 given its neighbours: currents over loads, then the diodes."""
         g = context.conductances
         current = context.drive if i == 0 else v[i - 1] @ g[i].t()

@@ -168,8 +168,7 @@ class System(nn.Module):
                     total.sum(), list(leaves.values()), create_graph=differentiable, allow_unused=True
                 )
             states = {
-                name: s if g is None else s - self.rate * g
-                for (name, s), g in zip(leaves.items(), slopes, strict=True)
+                name: s if g is None else s - self.rate * g for (name, s), g in zip(leaves.items(), slopes, strict=True)
             }
             if not differentiable:
                 states = {name: s.detach() for name, s in states.items()}

@@ -41,21 +41,26 @@ def describe(batch: Any) -> tuple[Hashable, list[Any], Any]:
     for leaf in leaves:
         if isinstance(leaf, Tensor):
             if leaf.layout != torch.strided or leaf.is_quantized or leaf.requires_grad:
-                raise Unsupported(f"a batch must hold plain strided tensors without gradient, got {leaf.layout}, "
-                                  f"requires_grad={leaf.requires_grad}")
+                raise Unsupported(
+                    f"a batch must hold plain strided tensors without gradient, got {leaf.layout}, "
+                    f"requires_grad={leaf.requires_grad}"
+                )
             parts.append((tuple(leaf.shape), leaf.stride(), leaf.dtype))
         elif isinstance(leaf, _PLAIN):
             parts.append(leaf)
         else:
-            raise Unsupported(f"a batch must be made of tensors and plain Python values, got {type(leaf).__name__}; "
-                              "return a dict, list or tuple from collate_fn")
+            raise Unsupported(
+                f"a batch must be made of tensors and plain Python values, got {type(leaf).__name__}; "
+                "return a dict, list or tuple from collate_fn"
+            )
     return tuple(parts), leaves, spec
 
 
 def shapes(leaves: list[Any]) -> str:
     """The batch in words, for messages: ``(16, 8) float32, (16,) int64``."""
-    return ", ".join(f"{tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" if isinstance(v, Tensor) else repr(v)
-                     for v in leaves)
+    return ", ".join(
+        f"{tuple(v.shape)} {str(v.dtype).removeprefix('torch.')}" if isinstance(v, Tensor) else repr(v) for v in leaves
+    )
 
 
 class StaticBatch:

@@ -39,8 +39,12 @@ _SYNCS = {
     "aten::_linalg_check_errors": "the error code of a factorisation is read (use the _ex form)",
     "aten::tolist": "values are read",
 }
-_METHODS = {"item": "a value is read", "tolist": "values are read", "numpy": "values are read",
-            "cpu": "a copy to the host waits"}
+_METHODS = {
+    "item": "a value is read",
+    "tolist": "values are read",
+    "numpy": "values are read",
+    "cpu": "a copy to the host waits",
+}
 _MADE_ON_HOST = "a tensor is made on the host and copied to the device (torch.full and the like make it there)"
 _OWN = Path(__file__).resolve().parent.parent
 

@@ -36,8 +36,11 @@ class HostState:
         found = []
         for name, module in self._modules.items():
             before, now = self._before[name], self._read(module)
-            found += [f"{name}.{key}".lstrip(".") for key in {**before, **now}
-                      if (key in before) != (key in now) or _differs(before[key], now[key])]
+            found += [
+                f"{name}.{key}".lstrip(".")
+                for key in {**before, **now}
+                if (key in before) != (key in now) or _differs(before[key], now[key])
+            ]
         return found
 
     def restore(self) -> None:

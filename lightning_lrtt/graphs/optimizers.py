@@ -14,7 +14,14 @@ __all__ = ["DeviceForm"]
 
 _FUSED: tuple[type[Optimizer], ...] = (optim.SGD,)
 _CAPTURABLE: tuple[type[Optimizer], ...] = (
-    optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax, optim.ASGD, optim.Adadelta, optim.RMSprop,
+    optim.Adam,
+    optim.AdamW,
+    optim.NAdam,
+    optim.RAdam,
+    optim.Adamax,
+    optim.ASGD,
+    optim.Adadelta,
+    optim.RMSprop,
     optim.Rprop,
 )
 # Set while `step` runs, by kind.
@@ -54,8 +61,10 @@ class DeviceForm:
         name = type(optimizer).__name__
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if type(optimizer) not in (*_FUSED, *_CAPTURABLE):
-            return (f"optimizer {name} has no capturable or fused form that is known to keep lr and step counts on the "
-                    "device; use SGD or a member of the Adam family")
+            return (
+                f"optimizer {name} has no capturable or fused form that is known to keep lr and step counts on the "
+                "device; use SGD or a member of the Adam family"
+            )
         if any(hooks for hooks in (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)):
             return f"step hooks registered on {name} would run once and then go silent; remove them"
         if any(group.get("differentiable") for group in optimizer.param_groups):
@@ -64,15 +73,21 @@ class DeviceForm:
             return f"all parameters of {name} must be on {device}, got some on {away[0]}"
         if type(optimizer) in _FUSED and any(not p.is_floating_point() for p in parameters):
             return f"{name} of complex parameters has no fused form"
-        if any(isinstance(value, Tensor) for group in optimizer.param_groups for key, value in group.items()
-               if key not in _MOVING):
+        if any(
+            isinstance(value, Tensor)
+            for group in optimizer.param_groups
+            for key, value in group.items()
+            if key not in _MOVING
+        ):
             return f"hyperparameters of {name} other than lr must be numbers, not tensors"
         return ""
 
     def signature(self) -> Hashable:
         """Everything of the groups that a recording freezes: another momentum, say, asks for another recording."""
-        return tuple((len(group["params"]), *(_hashable(v) for k, v in group.items() if k not in _MOVING))
-                     for group in self.optimizer.param_groups)
+        return tuple(
+            (len(group["params"]), *(_hashable(v) for k, v in group.items() if k not in _MOVING))
+            for group in self.optimizer.param_groups
+        )
 
     @torch.no_grad()
     def refresh(self) -> None:

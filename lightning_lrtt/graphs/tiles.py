@@ -38,9 +38,15 @@ class TileGraphs:
         on_failure: ``eager`` goes on without a graph, ``raise`` raises.
     """
 
-    def __init__(self, recorder: Recorder, warmup: int = 3, size: int = 4,
-                 eager_now: Callable[[], bool] = lambda: False,
-                 report: Callable[[str, str], None] = lambda event, reason: None, on_failure: str = "eager") -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        warmup: int = 3,
+        size: int = 4,
+        eager_now: Callable[[], bool] = lambda: False,
+        report: Callable[[str, str], None] = lambda event, reason: None,
+        on_failure: str = "eager",
+    ) -> None:
         self._recorder, self._warmup, self._cache = recorder, warmup, GraphCache(size)
         self._eager_now, self._report, self._on_failure = eager_now, report, on_failure
 
@@ -95,8 +101,17 @@ class TileGraphs:
 
     def _key(self, tiles: list[TileModule], live: list[Tensor]) -> Hashable:
         shapes = tuple((tuple(t.shape), t.stride(), t.dtype) for t in live)
-        pointers = tuple((tile.weight.data_ptr(), tile.A.data_ptr(), tile.B.data_ptr(), tile.tile_state.data_ptr(),
-                          tile.latch.samples, len(tile.latch.calls)) for tile in tiles)
+        pointers = tuple(
+            (
+                tile.weight.data_ptr(),
+                tile.A.data_ptr(),
+                tile.B.data_ptr(),
+                tile.tile_state.data_ptr(),
+                tile.latch.samples,
+                len(tile.latch.calls),
+            )
+            for tile in tiles
+        )
         return shapes, pointers
 
     def clear(self) -> None:

@@ -26,12 +26,26 @@ class _LRTTConv(TileModule):
     ndim: int
     digital_class: type[nn.Conv1d] | type[nn.Conv2d]
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: Any, stride: Any = 1, padding: Any = 0, dilation: Any = 1,
-                 groups: int = 1, bias: bool = True, padding_mode: str = "zeros", config: LRTTConfig = LRTTConfig(),  # noqa: B008
-                 device: Any = None, dtype: torch.dtype | None = None, tile: int | None = None) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        config: LRTTConfig = LRTTConfig(),  # noqa: B008
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        tile: int | None = None,
+    ) -> None:
         # The digital layer on meta parses and checks the geometry exactly as torch does.
-        geometry = self.digital_class(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False,
-                                      padding_mode, "meta")
+        geometry = self.digital_class(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode, "meta"
+        )
         name = type(self).__name__
         if groups != 1:
             raise _check.fail(name, "groups", "1", groups, "keep a grouped convolution digital")
@@ -41,8 +55,12 @@ class _LRTTConv(TileModule):
         self.in_channels, self.out_channels, self.groups, self.padding_mode = in_channels, out_channels, 1, "zeros"
         self.kernel_size, self.stride, self.dilation = geometry.kernel_size, geometry.stride, geometry.dilation
         self.padding = geometry.padding
-        if self.padding == "same" and any(d * (k - 1) % 2 for d, k in zip(self.dilation, self.kernel_size, strict=True)):
-            raise _check.fail(name, "padding", "symmetric", "same", "an even kernel pads one side more; pad before the layer")
+        if self.padding == "same" and any(
+            d * (k - 1) % 2 for d, k in zip(self.dilation, self.kernel_size, strict=True)
+        ):
+            raise _check.fail(
+                name, "padding", "symmetric", "same", "an even kernel pads one side more; pad before the layer"
+            )
         self._pads = tuple(
             {"valid": 0, "same": d * (k - 1) // 2}[self.padding] if isinstance(self.padding, str) else self.padding[i]
             for i, (d, k) in enumerate(zip(self.dilation, self.kernel_size, strict=True))
@@ -52,14 +70,38 @@ class _LRTTConv(TileModule):
     @classmethod
     def from_digital(cls, conv: nn.Conv1d | nn.Conv2d, config: LRTTConfig, tile: int | None = None) -> Any:
         """Take over ``conv``'s kernel and bias; both keep their Parameter identity. Bounded devices clip the kernel."""
-        new = cls(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups,
-                  conv.bias is not None, conv.padding_mode, config, "meta", conv.weight.dtype, tile)
+        new = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            conv.bias is not None,
+            conv.padding_mode,
+            config,
+            "meta",
+            conv.weight.dtype,
+            tile,
+        )
         return new.adopt(conv)
 
     def to_digital(self) -> Any:
         """A plain convolution with the effective kernel."""
-        new = self.digital_class(self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding, self.dilation,
-                                 1, self.bias is not None, "zeros", "meta", self.weight.dtype)
+        new = self.digital_class(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            1,
+            self.bias is not None,
+            "zeros",
+            "meta",
+            self.weight.dtype,
+        )
         new.weight = nn.Parameter(self.effective_weight(), self.A.requires_grad)
         if self.bias is not None:
             new.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
@@ -80,17 +122,22 @@ class _LRTTConv(TileModule):
             return convolve(x, kernel)
         return convolve(x, kernel, None, self.stride, self._pads, self.dilation)
 
-    def _convolve_backward(self, grad: Tensor, x: Tensor, kernel: Tensor, needs: tuple[bool, bool], spatial: bool = True) -> Any:
+    def _convolve_backward(
+        self, grad: Tensor, x: Tensor, kernel: Tensor, needs: tuple[bool, bool], spatial: bool = True
+    ) -> Any:
         n = self.ndim
         stride, pads, dilation = (self.stride, self._pads, self.dilation) if spatial else ([1] * n, [0] * n, [1] * n)
         by_x, by_w, _ = torch.ops.aten.convolution_backward(
-            grad, x, kernel, None, stride, pads, dilation, False, [0] * n, 1, [*needs, False])
+            grad, x, kernel, None, stride, pads, dilation, False, [0] * n, 1, [*needs, False]
+        )
         return by_x, by_w
 
     def project(self, x: Tensor, w: Tensor) -> Tensor:
         return self._convolve(x, self._kernel(w))
 
-    def project_backward(self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    def project_backward(
+        self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
         by_x, by_w = self._convolve_backward(grad, x, self._kernel(w), needs)
         return by_x, None if by_w is None else by_w.reshape(by_w.shape[0], -1)
 
@@ -114,8 +161,9 @@ class _LRTTConv(TileModule):
     def _output_size(self, x: Tensor) -> list[int]:
         return [
             (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-            for size, pad, dilation, kernel, stride in zip(x.shape[2:], self._pads, self.dilation, self.kernel_size, self.stride,
-                                                           strict=True)
+            for size, pad, dilation, kernel, stride in zip(
+                x.shape[2:], self._pads, self.dilation, self.kernel_size, self.stride, strict=True
+            )
         ]
 
     def _positions(self, x: Tensor) -> int:

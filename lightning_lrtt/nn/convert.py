@@ -33,8 +33,9 @@ class PatternError(ValueError):
     """A pattern of ``include`` or ``exclude`` matches no layer."""
 
 
-def convert_to_lrtt(module: nn.Module, config: LRTTConfig, include: Sequence[str] | None = None,
-                    exclude: Sequence[str] | None = None) -> nn.Module:
+def convert_to_lrtt(
+    module: nn.Module, config: LRTTConfig, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> nn.Module:
     """Replace Linear, Conv1d and Conv2d layers, and Conv1D of Hugging Face transformers, by tiles, in place.
 
     Weights and biases keep their Parameter identity, so an optimizer built before keeps working. What cannot be a tile stays
@@ -69,10 +70,13 @@ def convert_to_lrtt(module: nn.Module, config: LRTTConfig, include: Sequence[str
     for kind, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
             if not any(fnmatchcase(name, pattern) for name in known):
-                raise PatternError(f"convert_to_lrtt: {kind} must match layers, but {pattern!r} matches none of {known}; "
-                                   "patterns are globs on qualified names, e.g. 'encoder.*'")
+                raise PatternError(
+                    f"convert_to_lrtt: {kind} must match layers, but {pattern!r} matches none of {known}; "
+                    "patterns are globs on qualified names, e.g. 'encoder.*'"
+                )
     wanted = {
-        name: child for name, child in layers.items()
+        name: child
+        for name, child in layers.items()
         if (include is None or any(fnmatchcase(name, p) for p in include))
         and not any(fnmatchcase(name, p) for p in exclude or ())
     }
@@ -81,8 +85,10 @@ def convert_to_lrtt(module: nn.Module, config: LRTTConfig, include: Sequence[str
     first_tile = len(find_tiles(module))
     # A layer's number is its place among all layers that are or could be tiles, whichever are converted now: a second call
     # with other patterns gives no number twice.
-    numbers = {id(child): i for i, child in enumerate(
-        child for child in module.modules() if isinstance(child, (*kinds, TileModule)))}
+    numbers = {
+        id(child): i
+        for i, child in enumerate(child for child in module.modules() if isinstance(child, (*kinds, TileModule)))
+    }
     converted: dict[int, TileModule] = {}
     for name, child in wanted.items():
         if name in refused:

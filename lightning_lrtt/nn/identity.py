@@ -25,8 +25,11 @@ def describe(config: LRTTConfig, transposed: bool = False) -> dict[str, Any]:
         transposed: Whether the digital layer stores its weight as ``[in, out]``.
     """
     return {
-        "rank": config.rank, "alpha": config.alpha, "fast_device": _device(config.fast_device),
-        "visible_device": _device(config.visible_device), "transposed": transposed,
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "fast_device": _device(config.fast_device),
+        "visible_device": _device(config.visible_device),
+        "transposed": transposed,
     }
 
 
@@ -48,8 +51,11 @@ def disagreements(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:
         if isinstance(one, dict) and isinstance(other, dict) and one["class_path"] == other["class_path"]:
             # Fields that only one version of the package knows had no effect in the other.
             fields = [f for f in one["init_args"] if f in other["init_args"]]
-            said += [f"{name}.{f} is {one['init_args'][f]!r} in the checkpoint and {other['init_args'][f]!r} here"
-                     for f in fields if one["init_args"][f] != other["init_args"][f]]
+            said += [
+                f"{name}.{f} is {one['init_args'][f]!r} in the checkpoint and {other['init_args'][f]!r} here"
+                for f in fields
+                if one["init_args"][f] != other["init_args"][f]
+            ]
         elif one != other:
             said.append(f"{name} is {_short(one)} in the checkpoint and {_short(other)} here")
     return said

@@ -64,8 +64,10 @@ class Latch:
             RuntimeError: If an input was modified in place since its backward pass.
         """
         if any(call.x._version != call.version for call in self.calls):
-            raise RuntimeError("LRTT: the input of a pulsed layer must stay as it is until the optimizer's step, but it was "
-                               "modified in place after backward; pass a copy (x.clone()) to the layer")
+            raise RuntimeError(
+                "LRTT: the input of a pulsed layer must stay as it is until the optimizer's step, but it was "
+                "modified in place after backward; pass a copy (x.clone()) to the layer"
+            )
         shapes = {(c.x.shape[1:], c.xb.shape[1:], c.x.dtype, c.d.dtype) for c in self.calls}
         if len(self.calls) == 1 or len(shapes) > 1:
             return self.calls

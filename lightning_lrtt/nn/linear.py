@@ -37,8 +37,16 @@ class LRTTLinear(TileModule):
         torch.Size([3, 4])
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, config: LRTTConfig = LRTTConfig(),  # noqa: B008
-                 device: Any = None, dtype: torch.dtype | None = None, tile: int | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: LRTTConfig = LRTTConfig(),  # noqa: B008
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        tile: int | None = None,
+    ) -> None:
         super().__init__((out_features, in_features), config, bias, device, dtype, tile)
         self.in_features, self.out_features = in_features, out_features
         self.reset_parameters()
@@ -49,7 +57,9 @@ class LRTTLinear(TileModule):
 
         Bounded devices clip the weight.
         """
-        new = cls(linear.in_features, linear.out_features, linear.bias is not None, config, "meta", linear.weight.dtype, tile)
+        new = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, config, "meta", linear.weight.dtype, tile
+        )
         return new.adopt(linear)
 
     def to_digital(self) -> nn.Linear:
@@ -67,7 +77,9 @@ class LRTTLinear(TileModule):
     def project(self, x: Tensor, w: Tensor) -> Tensor:
         return F.linear(x, w)
 
-    def project_backward(self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    def project_backward(
+        self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
         by_x = grad @ w if needs[0] else None
         by_w = self.samples(grad).t() @ self.samples(x) if needs[1] else None
         return by_x, by_w

@@ -84,8 +84,15 @@ class TileModule(nn.Module):
     tile_reads: Tensor | None  # how often converters read the tile, in training and in evaluation
     transposed = False  # whether the digital layer stores its weight as [in, out]
 
-    def __init__(self, weight_shape: tuple[int, ...], config: LRTTConfig, bias: bool, device: Any = None,
-                 dtype: torch.dtype | None = None, tile: int | None = None) -> None:
+    def __init__(
+        self,
+        weight_shape: tuple[int, ...],
+        config: LRTTConfig,
+        bias: bool,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        tile: int | None = None,
+    ) -> None:
         super().__init__()
         dtype = torch.get_default_dtype() if dtype is None else dtype
         d, k = weight_shape[0], int(torch.Size(weight_shape[1:]).numel())
@@ -93,8 +100,13 @@ class TileModule(nn.Module):
         _check.integer(name, "outputs", d, low=1)
         _check.integer(name, "inputs", k, low=1)
         if config.rank > min(d, k):
-            raise _check.fail(name, "config.rank", f"at most min(d, k) = {min(d, k)}", config.rank,
-                              "lower the rank for this layer, or let convert_to_lrtt do it")
+            raise _check.fail(
+                name,
+                "config.rank",
+                f"at most min(d, k) = {min(d, k)}",
+                config.rank,
+                "lower the rank for this layer, or let convert_to_lrtt do it",
+            )
         if d * k >= 2**32:
             raise _check.fail(name, "d * k", "below 2**32 cells", d * k, "split the layer")
         _check_dtype(name, dtype, config)
@@ -117,8 +129,9 @@ class TileModule(nn.Module):
         reads = None if config.io is None else torch.zeros(2, dtype=torch.int64, device=device)
         self.register_buffer("tile_reads", reads)
         self.first_sample = 0  # index of the first sample of a batch in the converters' noise
-        self.io_numbers = () if config.io is None else (
-            config.io.pack(), (config.io_backward or config.io).pack(backward=True))
+        self.io_numbers = (
+            () if config.io is None else (config.io.pack(), (config.io_backward or config.io).pack(backward=True))
+        )
         self.output_scale: Tensor | None
         self.register_buffer("output_scale", None)  # `set_output_scale`; in the state dict only where there is one
         self.hyper = config.pack(k)
@@ -214,7 +227,9 @@ class TileModule(nn.Module):
         torch.ops.lrtt.reinit_([a], [b], [self.tile_state], [self.hyper], self.cells(A, B))
 
     @torch.no_grad()
-    def reset_cells(self, array: str = "C", columns: slice = slice(None), probability: float = 1.0, number: int = 0) -> None:
+    def reset_cells(
+        self, array: str = "C", columns: slice = slice(None), probability: float = 1.0, number: int = 0
+    ) -> None:
         """Reset cells: each goes to its reset value (``reset``, ``reset_dtod``) with the noise ``reset_std``.
 
         Args:
@@ -244,8 +259,17 @@ class TileModule(nn.Module):
         first, last, step = columns.indices(w.shape[1])
         if step != 1:
             raise _check.fail(f"{name}.reset_cells", "columns", "a slice without a step", columns)
-        torch.ops.lrtt.reset_cells_(w, self.tile_state, self.hyper, which, first, max(first, last), float(probability), number,
-                                    self.cells(which))
+        torch.ops.lrtt.reset_cells_(
+            w,
+            self.tile_state,
+            self.hyper,
+            which,
+            first,
+            max(first, last),
+            float(probability),
+            number,
+            self.cells(which),
+        )
 
     def restart(self) -> int:
         """After a digital weight was written into C: clip it to its device, A = 0, fresh B, a new cycle.
@@ -301,8 +325,9 @@ class TileModule(nn.Module):
         With tau != alpha the effective weight changes, as at every transfer.
         """
         a, b = self.factors()
-        torch.ops.lrtt.transfer_([a], [b], [self.matrix], [self.tile_state], [self.tile_counts], [self.hyper], [0], True,
-                                 self.cells(A, B, C))
+        torch.ops.lrtt.transfer_(
+            [a], [b], [self.matrix], [self.tile_state], [self.tile_counts], [self.hyper], [0], True, self.cells(A, B, C)
+        )
 
     def counts(self) -> dict[str, int]:
         """The accumulators by name (see ``ops.COUNTS``). Reads from the device: not for a training step."""
@@ -314,7 +339,9 @@ class TileModule(nn.Module):
         """x times a matrix ``[rows, k]``: ``x w^T`` for a linear layer, a convolution with ``rows`` outputs otherwise."""
         raise NotImplementedError
 
-    def project_backward(self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]) -> tuple[Tensor | None, Tensor | None]:
+    def project_backward(
+        self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of `project` by x and by w (as ``[rows, k]``); None where not needed."""
         raise NotImplementedError
 
@@ -410,19 +437,32 @@ class TileModule(nn.Module):
         self._link()
         return self
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
-                              missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str]) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         own = [prefix + name for name in ("A", "B", "tile_state", "tile_counts", *_CELLS)]
         digital = prefix + "weight" in state_dict and not any(name in state_dict for name in own)
         described = state_dict.get(prefix + "_extra_state")
         if described is not None and (wrong := identity.disagreements(identity.decode(described), self.description())):
             error_msgs.append(
                 f"{type(self).__name__} {prefix.removesuffix('.')!r}: the checkpoint's tile must be the module's, but "
-                f"{'; '.join(wrong)}. Convert with the checkpoint's numbers, or load what `lrtt export` makes of it")
+                f"{'; '.join(wrong)}. Convert with the checkpoint's numbers, or load what `lrtt export` makes of it"
+            )
             return
         if not digital and (prefix + "output_scale" in state_dict) != (self.output_scale is not None):
-            self.set_output_scale(None if self.output_scale is not None else 1.0)  # an LR-TT checkpoint brings its own or none
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            self.set_output_scale(
+                None if self.output_scale is not None else 1.0
+            )  # an LR-TT checkpoint brings its own or none
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self._link()
         # Digital or old; converters are no part of what a checkpoint must agree with.
         optional = (prefix + "_extra_state", prefix + "tile_reads")
@@ -450,8 +490,10 @@ class TileModule(nn.Module):
         """Shape and the numbers that differ from the defaults' meaning at a glance."""
         c = self.config
         devices = [type(x).__name__ if x else "digital" for x in (c.fast_device, c.visible_device)]
-        return (f"{self.tile_shape[1]} -> {self.tile_shape[0]}, bias={self.bias is not None}, rank={c.rank}, "
-                f"T={c.transfer_every} {c.transfer_unit}, A/B={devices[0]}, C={devices[1]}")
+        return (
+            f"{self.tile_shape[1]} -> {self.tile_shape[0]}, bias={self.bias is not None}, rank={c.rank}, "
+            f"T={c.transfer_every} {c.transfer_unit}, A/B={devices[0]}, C={devices[1]}"
+        )
 
 
 def find_tiles(module: nn.Module) -> dict[str, TileModule]:
@@ -470,5 +512,7 @@ def _check_dtype(name: str, dtype: torch.dtype, config: LRTTConfig) -> None:
     allowed = (torch.float32,) if single else (torch.float32, torch.float64)
     if dtype not in allowed:
         names = " or ".join(str(t).removeprefix("torch.") for t in allowed)
-        raise TypeError(f"{name}: dtype must be {names} {'on devices and behind converters' if single else ''}, got {dtype}; for half precision keep "
-                        "the tile in float32 and use autocast (precision='bf16-mixed')".replace("  ", " "))
+        raise TypeError(
+            f"{name}: dtype must be {names} {'on devices and behind converters' if single else ''}, got {dtype}; "
+            "for half precision keep the tile in float32 and use autocast (precision='bf16-mixed')".replace("  ", " ")
+        )

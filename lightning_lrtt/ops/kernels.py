@@ -51,8 +51,10 @@ def _operand(tensor: Tensor) -> Tensor:
 def _same_device(op: str, owner: Tensor, **others: Tensor) -> None:
     for name, tensor in others.items():
         if tensor.device != owner.device:
-            raise ValueError(f"lrtt::{op}: {name} must be on the tile's device {owner.device}, got {tensor.device}; "
-                             "move the module with .to(device)")
+            raise ValueError(
+                f"lrtt::{op}: {name} must be on the tile's device {owner.device}, got {tensor.device}; "
+                "move the module with .to(device)"
+            )
 
 
 def _require_cuda(tensor: Tensor) -> None:
@@ -102,8 +104,10 @@ class _CellsList:
         self.taken += 1
         cells = next(self.left, None)
         if cells is None:
-            raise ValueError(f"lrtt::{self.op}: cells must have a tensor {[planes, *w.shape]} for array {array}, whose device "
-                             f"has {'pairs' if planes == 2 else 'write noise'}, got {self.given} tensors; pass TileModule.cells")
+            raise ValueError(
+                f"lrtt::{self.op}: cells must have a tensor {[planes, *w.shape]} for array {array}, whose device "
+                f"has {'pairs' if planes == 2 else 'write noise'}, got {self.given} tensors; pass TileModule.cells"
+            )
         _same_device(self.op, w, cells=cells)
         if tuple(cells.shape) != (planes, *w.shape):
             raise ValueError(f"lrtt::{self.op}: cells must be {[planes, *w.shape]}, got {list(cells.shape)}")
@@ -112,12 +116,22 @@ class _CellsList:
     def finish(self) -> None:
         """Refuse what no array has asked for."""
         if self.given > self.taken:
-            raise ValueError(f"lrtt::{self.op}: cells must be as many as arrays that need them, {self.taken}, got {self.given}")
+            raise ValueError(
+                f"lrtt::{self.op}: cells must be as many as arrays that need them, {self.taken}, got {self.given}"
+            )
 
 
 def pulsed_update_(
-    w: list[Tensor], x: list[Tensor], d: list[Tensor], eta: list[Tensor], state: list[Tensor], counts: list[Tensor],
-    hyper: list[Tensor], array: list[int], first_sample: list[int], cells: list[Tensor] | None = None,
+    w: list[Tensor],
+    x: list[Tensor],
+    d: list[Tensor],
+    eta: list[Tensor],
+    state: list[Tensor],
+    counts: list[Tensor],
+    hyper: list[Tensor],
+    array: list[int],
+    first_sample: list[int],
+    cells: list[Tensor] | None = None,
 ) -> None:
     op = "pulsed_update_"
     jobs, keep, held = [], [], _CellsList("pulsed_update_", cells)
@@ -127,26 +141,54 @@ def pulsed_update_(
         _same_device(op, w[0], w=w_, x=x_, d=d_, eta=eta_, state=state_, counts=counts_)
         rows, columns = w_.shape
         if x_.dim() != 2 or d_.dim() != 2 or x_.shape != (d_.shape[0], columns) or d_.shape[1] != rows:
-            raise ValueError(f"lrtt::{op}: x must be [N, {columns}] and d [N, {rows}] for w {list(w_.shape)}, got x "
-                             f"{list(x_.shape)}, d {list(d_.shape)}")
+            raise ValueError(
+                f"lrtt::{op}: x must be [N, {columns}] and d [N, {rows}] for w {list(w_.shape)}, got x "
+                f"{list(x_.shape)}, d {list(d_.shape)}"
+            )
         if first < 0 or first % schema.BLOCK_SAMPLES or first + x_.shape[0] > _MAX_SAMPLES:
-            raise ValueError(f"lrtt::{op}: first_sample must be a multiple of {schema.BLOCK_SAMPLES} and a step at most "
-                             f"{_MAX_SAMPLES} samples, got first_sample {first} and {x_.shape[0]} samples")
+            raise ValueError(
+                f"lrtt::{op}: first_sample must be a multiple of {schema.BLOCK_SAMPLES} and a step at most "
+                f"{_MAX_SAMPLES} samples, got first_sample {first} and {x_.shape[0]} samples"
+            )
         x_, d_ = _operand(x_), _operand(d_)
         keep += [x_, d_]
-        jobs.append((
-            _contiguous(op, "w", w_, torch.float32), rows, columns, x_.data_ptr(), *x_.stride(), _ELEMENT_TYPES[x_.dtype],
-            d_.data_ptr(), *d_.stride(), _ELEMENT_TYPES[d_.dtype], x_.shape[0], first, _contiguous(op, "eta", eta_, torch.float32), _state(op, state_),
-            _counts(op, counts_), _hyper(op, hyper_), array_, held.pointer(hyper_, array_, w_),
-        ))
+        jobs.append(
+            (
+                _contiguous(op, "w", w_, torch.float32),
+                rows,
+                columns,
+                x_.data_ptr(),
+                *x_.stride(),
+                _ELEMENT_TYPES[x_.dtype],
+                d_.data_ptr(),
+                *d_.stride(),
+                _ELEMENT_TYPES[d_.dtype],
+                x_.shape[0],
+                first,
+                _contiguous(op, "eta", eta_, torch.float32),
+                _state(op, state_),
+                _counts(op, counts_),
+                _hyper(op, hyper_),
+                array_,
+                held.pointer(hyper_, array_, w_),
+            )
+        )
     held.finish()
     if jobs:
         _run_jobs(w[0], "pulsed_update", jobs)
 
 
-def _tile_jobs(op: str, a: list[Tensor], b: list[Tensor], c: list[Tensor | None], state: list[Tensor],
-               counts: list[Tensor | None], hyper: list[Tensor], samples: Sequence[int],
-               cells: list[Tensor] | None) -> list[tuple[Any, ...]]:
+def _tile_jobs(
+    op: str,
+    a: list[Tensor],
+    b: list[Tensor],
+    c: list[Tensor | None],
+    state: list[Tensor],
+    counts: list[Tensor | None],
+    hyper: list[Tensor],
+    samples: Sequence[int],
+    cells: list[Tensor] | None,
+) -> list[tuple[Any, ...]]:
     jobs, held = [], _CellsList(op, cells)
     for a_, b_, c_, state_, counts_, hyper_, n in zip(a, b, c, state, counts, hyper, samples, strict=True):
         dtypes = (torch.float32, torch.float64)
@@ -154,7 +196,9 @@ def _tile_jobs(op: str, a: list[Tensor], b: list[Tensor], c: list[Tensor | None]
         _same_device(op, a[0], A=a_, B=b_, state=state_)
         hyper_pointer = _hyper(op, hyper_)
         if a_.dtype == torch.float64 and any(hyper_[i] for i in schema.DEVICE_KINDS):
-            raise TypeError(f"lrtt::{op}: A must be float32 on devices, got {a_.dtype}; cast the tile, or keep it digital")
+            raise TypeError(
+                f"lrtt::{op}: A must be float32 on devices, got {a_.dtype}; cast the tile, or keep it digital"
+            )
         if counts_ is not None:
             _same_device(op, a_, counts=counts_)
         if c_ is not None:
@@ -163,36 +207,56 @@ def _tile_jobs(op: str, a: list[Tensor], b: list[Tensor], c: list[Tensor | None]
                 raise ValueError(f"lrtt::{op}: C must be {[d, k]} {a_.dtype}, got {list(c_.shape)} {c_.dtype}")
         if b_.dtype != a_.dtype or b_.shape[0] != r:
             raise ValueError(f"lrtt::{op}: B must be [{r}, k] {a_.dtype}, got {list(b_.shape)} {b_.dtype}")
-        jobs.append((
-            _contiguous(op, "A", a_, *dtypes), _contiguous(op, "B", b_, *dtypes),
-            0 if c_ is None else _contiguous(op, "C", c_, *dtypes), d, k, r, a_.dtype == torch.float64, n,
-            _state(op, state_),
-            0 if counts_ is None else _counts(op, counts_),
-            hyper_pointer,
-            held.pointer(hyper_, schema.A, a_), held.pointer(hyper_, schema.B, b_),
-            0 if c_ is None else held.pointer(hyper_, schema.C, c_),
-        ))
+        jobs.append(
+            (
+                _contiguous(op, "A", a_, *dtypes),
+                _contiguous(op, "B", b_, *dtypes),
+                0 if c_ is None else _contiguous(op, "C", c_, *dtypes),
+                d,
+                k,
+                r,
+                a_.dtype == torch.float64,
+                n,
+                _state(op, state_),
+                0 if counts_ is None else _counts(op, counts_),
+                hyper_pointer,
+                held.pointer(hyper_, schema.A, a_),
+                held.pointer(hyper_, schema.B, b_),
+                0 if c_ is None else held.pointer(hyper_, schema.C, c_),
+            )
+        )
     held.finish()
     return jobs
 
 
-def transfer_(a: list[Tensor], b: list[Tensor], c: list[Tensor], state: list[Tensor], counts: list[Tensor],
-              hyper: list[Tensor], samples: list[int], force: bool, cells: list[Tensor] | None = None) -> None:
+def transfer_(
+    a: list[Tensor],
+    b: list[Tensor],
+    c: list[Tensor],
+    state: list[Tensor],
+    counts: list[Tensor],
+    hyper: list[Tensor],
+    samples: list[int],
+    force: bool,
+    cells: list[Tensor] | None = None,
+) -> None:
     jobs = _tile_jobs("transfer_", a, b, c, state, counts, hyper, samples, cells)
     if jobs:
         _run_jobs(a[0], "transfer", jobs, force)
 
 
-def reinit_(a: list[Tensor], b: list[Tensor], state: list[Tensor], hyper: list[Tensor],
-            cells: list[Tensor] | None = None) -> None:
+def reinit_(
+    a: list[Tensor], b: list[Tensor], state: list[Tensor], hyper: list[Tensor], cells: list[Tensor] | None = None
+) -> None:
     nothing: list[Tensor | None] = [None] * len(a)
     jobs = _tile_jobs("reinit_", a, b, nothing, state, nothing, hyper, [0] * len(a), cells)
     if jobs:
         _run_jobs(a[0], "reinit", jobs)
 
 
-def digital_update_(w: list[Tensor], grad: list[Tensor], lr: list[Tensor], state: list[Tensor], counts: list[Tensor],
-                    scale: list[float]) -> None:
+def digital_update_(
+    w: list[Tensor], grad: list[Tensor], lr: list[Tensor], state: list[Tensor], counts: list[Tensor], scale: list[float]
+) -> None:
     op = "digital_update_"
     jobs, keep = [], []
     for w_, g, lr_, state_, counts_, s in zip(w, grad, lr, state, counts, scale, strict=True):
@@ -201,16 +265,25 @@ def digital_update_(w: list[Tensor], grad: list[Tensor], lr: list[Tensor], state
             raise ValueError(f"lrtt::{op}: grad must be {list(w_.shape)} {w_.dtype}, got {list(g.shape)} {g.dtype}")
         g = g.contiguous()
         keep.append(g)
-        jobs.append((
-            _contiguous(op, "w", w_, torch.float32, torch.float64), g.data_ptr(), w_.numel(), w_.dtype == torch.float64, s,
-            _contiguous(op, "lr", lr_, torch.float64), _state(op, state_),
-            _counts(op, counts_),
-        ))
+        jobs.append(
+            (
+                _contiguous(op, "w", w_, torch.float32, torch.float64),
+                g.data_ptr(),
+                w_.numel(),
+                w_.dtype == torch.float64,
+                s,
+                _contiguous(op, "lr", lr_, torch.float64),
+                _state(op, state_),
+                _counts(op, counts_),
+            )
+        )
     if jobs:
         _run_jobs(w[0], "digital_update", jobs)
 
 
-def pulse_scale_(eta: list[Tensor], grad: list[Tensor], first: list[Tensor], lr: list[Tensor], scale: list[float]) -> None:
+def pulse_scale_(
+    eta: list[Tensor], grad: list[Tensor], first: list[Tensor], lr: list[Tensor], scale: list[float]
+) -> None:
     op = "pulse_scale_"
     jobs, keep = [], []
     for eta_, g, f, lr_, s in zip(eta, grad, first, lr, scale, strict=True):
@@ -219,10 +292,16 @@ def pulse_scale_(eta: list[Tensor], grad: list[Tensor], first: list[Tensor], lr:
             raise ValueError(f"lrtt::{op}: grad and first must have one shape, got {list(g.shape)} and {list(f.shape)}")
         g, f = g.contiguous(), f.contiguous()
         keep += [g, f]
-        jobs.append((
-            _contiguous(op, "eta", eta_, torch.float32), _contiguous(op, "grad", g, torch.float32),
-            _contiguous(op, "first", f, torch.float32), g.numel(), s, _contiguous(op, "lr", lr_, torch.float64),
-        ))
+        jobs.append(
+            (
+                _contiguous(op, "eta", eta_, torch.float32),
+                _contiguous(op, "grad", g, torch.float32),
+                _contiguous(op, "first", f, torch.float32),
+                g.numel(),
+                s,
+                _contiguous(op, "lr", lr_, torch.float64),
+            )
+        )
     if jobs:
         _run_jobs(eta[0], "pulse_scale", jobs)
 
@@ -240,8 +319,9 @@ def _held_job(op: str, w: Tensor, state: Tensor, hyper: Tensor, array: int, held
     return *job, _contiguous(op, "w", w, torch.float32), held.pointer(hyper, array, w)
 
 
-def relax_(w: list[Tensor], state: list[Tensor], hyper: list[Tensor], array: list[int],
-           cells: list[Tensor] | None = None) -> None:
+def relax_(
+    w: list[Tensor], state: list[Tensor], hyper: list[Tensor], array: list[int], cells: list[Tensor] | None = None
+) -> None:
     op = "relax_"
     jobs, held = [], _CellsList("relax_", cells)
     for w_, state_, hyper_, array_ in zip(w, state, hyper, array, strict=True):
@@ -259,7 +339,9 @@ def draw_cells(state: Tensor, hyper: Tensor, array: int, rows: int, columns: int
     return out
 
 
-def clip_(w: Tensor, state: Tensor, hyper: Tensor, array: int, write: bool, cells: list[Tensor] | None = None) -> Tensor:
+def clip_(
+    w: Tensor, state: Tensor, hyper: Tensor, array: int, write: bool, cells: list[Tensor] | None = None
+) -> Tensor:
     held = _CellsList("clip_", cells)
     job = _held_job("clip_", w, state, hyper, array, held)
     held.finish()
@@ -268,8 +350,17 @@ def clip_(w: Tensor, state: Tensor, hyper: Tensor, array: int, write: bool, cell
     return count
 
 
-def reset_cells_(w: Tensor, state: Tensor, hyper: Tensor, array: int, first: int, last: int, share: float, number: int,
-                 cells: list[Tensor] | None = None) -> None:
+def reset_cells_(
+    w: Tensor,
+    state: Tensor,
+    hyper: Tensor,
+    array: int,
+    first: int,
+    last: int,
+    share: float,
+    number: int,
+    cells: list[Tensor] | None = None,
+) -> None:
     op = "reset_cells_"
     held = _CellsList(op, cells)
     job = _held_job(op, w, state, hyper, array, held)
@@ -290,8 +381,10 @@ def dequantize_(out: Tensor, blocks: Tensor, type: int, rows: Tensor | None) -> 
     if out.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"lrtt::{op}: out must be float32 or bfloat16, got {out.dtype}")
     if out.dim() != 2 or out.stride(1) != 1:
-        raise ValueError(f"lrtt::{op}: out must be [rows, columns] with whole rows in memory, got shape {list(out.shape)} and "
-                         f"strides {out.stride()}")
+        raise ValueError(
+            f"lrtt::{op}: out must be [rows, columns] with whole rows in memory, got shape {list(out.shape)} and "
+            f"strides {out.stride()}"
+        )
     size, width = DECODERS[type]
     count, rest = divmod(out.shape[1], size)
     if rest:
@@ -299,11 +392,20 @@ def dequantize_(out: Tensor, blocks: Tensor, type: int, rows: Tensor | None) -> 
     _same_device(op, out, blocks=blocks, **({} if rows is None else {"rows": rows}))
     n = out.shape[0] if rows is None else rows.numel()
     pointer = 0 if rows is None else _contiguous(op, "rows", rows, torch.int64)
-    if rows is not None and not rows.is_cuda and n and not (0 <= int(rows.min()) and int(rows.max()) < out.shape[0]):
-        raise ValueError(f"lrtt::{op}: rows must be rows of out, 0 to {out.shape[0] - 1}, got {int(rows.min())} to "
-                         f"{int(rows.max())}")
-    job = (type, out.dtype == torch.bfloat16, n, count,
-           _contiguous(op, "blocks", blocks, torch.uint8, size=n * count * width), out.data_ptr(), out.stride(0), pointer)
+    if rows is not None and not rows.is_cuda and n and not (int(rows.min()) >= 0 and int(rows.max()) < out.shape[0]):
+        raise ValueError(
+            f"lrtt::{op}: rows must be rows of out, 0 to {out.shape[0] - 1}, got {int(rows.min())} to {int(rows.max())}"
+        )
+    job = (
+        type,
+        out.dtype == torch.bfloat16,
+        n,
+        count,
+        _contiguous(op, "blocks", blocks, torch.uint8, size=n * count * width),
+        out.data_ptr(),
+        out.stride(0),
+        pointer,
+    )
     if out.is_cuda and size == 1:  # no blocks: torch's own conversion
         plain = {4: torch.float32, 2: torch.float16 if type == 1 else torch.bfloat16}[width]
         values = blocks.view(plain).view(n, out.shape[1])
@@ -315,13 +417,22 @@ def dequantize_(out: Tensor, blocks: Tensor, type: int, rows: Tensor | None) -> 
     _run(out, "dequantize", job)
 
 
-def segment_sum_(out: list[Tensor], slots: list[Tensor], weights: Tensor, scale: Tensor, stats: Tensor, program: list[int],
-                 redo: bool) -> None:
+def segment_sum_(
+    out: list[Tensor],
+    slots: list[Tensor],
+    weights: Tensor,
+    scale: Tensor,
+    stats: Tensor,
+    program: list[int],
+    redo: bool,
+) -> None:
     op, steps = "segment_sum_", len(program)
     nodes = _check_program(op, program)
     if len(out) % nodes or len(slots) * nodes != len(out) * steps:
-        raise ValueError(f"lrtt::{op}: out must hold {nodes} nodes and slots {steps} segments of each parameter, got {len(out)} "
-                         f"and {len(slots)}")
+        raise ValueError(
+            f"lrtt::{op}: out must hold {nodes} nodes and slots {steps} segments of each parameter, got {len(out)} "
+            f"and {len(slots)}"
+        )
     if not out:
         return
     _same_device(op, out[0], weights=weights, scale=scale, stats=stats)
@@ -338,12 +449,21 @@ def segment_sum_(out: list[Tensor], slots: list[Tensor], weights: Tensor, scale:
                 if tensor.device != device:
                     _same_device(op, first, slots=tensor)
         _contiguous(op, "out", first, torch.float32, torch.float64)
-        jobs.append(([t.data_ptr() if t.numel() else 0 for t in own], [t.data_ptr() for t in out[p * nodes : (p + 1) * nodes]],
-                     size, dtype == torch.float64))
+        jobs.append(
+            (
+                [t.data_ptr() if t.numel() else 0 for t in own],
+                [t.data_ptr() for t in out[p * nodes : (p + 1) * nodes]],
+                size,
+                dtype == torch.float64,
+            )
+        )
     arguments = (
-        jobs, [(step >> 1, step & 1) for step in program], _contiguous(op, "weights", weights, torch.float64, size=steps),
+        jobs,
+        [(step >> 1, step & 1) for step in program],
+        _contiguous(op, "weights", weights, torch.float64, size=steps),
         _contiguous(op, "scale", scale, torch.float64, size=1),
-        _contiguous(op, "stats", stats, torch.float64, size=2 * steps) if stats.numel() else 0, redo,
+        _contiguous(op, "stats", stats, torch.float64, size=2 * steps) if stats.numel() else 0,
+        redo,
     )
     owner = out[0]
     if owner.is_cuda:
@@ -370,13 +490,24 @@ def _check_program(op: str, program: list[int]) -> int:
     else:
         if nodes and not depth:
             return nodes
-    raise ValueError(f"lrtt::{op}: program must push each segment, add at most what is there and hand out every node (see "
-                     f"strategies/tree.py), got {program}")
+    raise ValueError(
+        f"lrtt::{op}: program must push each segment, add at most what is there and hand out every node (see "
+        f"strategies/tree.py), got {program}"
+    )
 
 
 _KERNELS: tuple[Callable[..., Any], ...] = (
-    pulsed_update_, transfer_, reinit_, digital_update_, pulse_scale_, relax_, draw_cells, clip_, reset_cells_,
-    dequantize_, segment_sum_,
+    pulsed_update_,
+    transfer_,
+    reinit_,
+    digital_update_,
+    pulse_scale_,
+    relax_,
+    draw_cells,
+    clip_,
+    reset_cells_,
+    dequantize_,
+    segment_sum_,
 )
 for _kernel in _KERNELS:
     for _key in ("CPU", "CUDA"):

@@ -66,8 +66,20 @@ def _deal(cells: Iterator[Tensor], hyper: Tensor, array: int) -> Tensor | None:
     return next(cells) if planes(hyper, array) else None
 
 
-def _apply_block(w: Tensor, held: Tensor | None, x: Tensor, d: Tensor, trains: list[Train], first_sample: int,
-                 descend: bool, state: Tensor, counts: Tensor, hyper: Tensor, array: int, rules: Rules) -> None:
+def _apply_block(
+    w: Tensor,
+    held: Tensor | None,
+    x: Tensor,
+    d: Tensor,
+    trains: list[Train],
+    first_sample: int,
+    descend: bool,
+    state: Tensor,
+    counts: Tensor,
+    hyper: Tensor,
+    array: int,
+    rules: Rules,
+) -> None:
     """Pulses of one block of samples on w, slot after slot. ``descend``: a positive product lowers w."""
     if not any(train[0] for train in trains):
         return
@@ -91,8 +103,13 @@ def _apply_block(w: Tensor, held: Tensor | None, x: Tensor, d: Tensor, trains: l
         if p["dw_min_std"] > 0 and hit.any():
             segment = first_sample // rules.block_samples * BLOCK_SEGMENTS + word // SEGMENT_WORDS
             pulse = turn[hit]
-            words = rng.philox(key, index.expand_as(turn)[hit], segment % 2**24 * 256 + pulse // 8, step,
-                               rng.counter3(rng.NOISE, array, segment >> 24))
+            words = rng.philox(
+                key,
+                index.expand_as(turn)[hit],
+                segment % 2**24 * 256 + pulse // 8,
+                step,
+                rng.counter3(rng.NOISE, array, segment >> 24),
+            )
             word = words.gather(0, (pulse // 2 % 4)[None])[0]
             noise[hit] = p["dw_min_std"] * rng.noise(torch.where(pulse % 2 == 1, word >> 16, word & 0xFFFF))
         for slot in range(len(hit)):
@@ -122,13 +139,23 @@ def _count_nonfinite(counts: Tensor, step: int, samples: int) -> None:
             counts[COUNTS["first_bad_step"]] = step
 
 
-def pulsed_update_(w: list[Tensor], x: list[Tensor], d: list[Tensor], eta: list[Tensor], state: list[Tensor],
-                   counts: list[Tensor], hyper: list[Tensor], array: list[int], first_sample: list[int],
-                   cells: list[Tensor] | None = None) -> None:
+def pulsed_update_(
+    w: list[Tensor],
+    x: list[Tensor],
+    d: list[Tensor],
+    eta: list[Tensor],
+    state: list[Tensor],
+    counts: list[Tensor],
+    hyper: list[Tensor],
+    array: list[int],
+    first_sample: list[int],
+    cells: list[Tensor] | None = None,
+) -> None:
     """w -= eta d x^T for every sample in order, as pulses on each cell's device."""
     given = iter(cells or ())
-    for w_, x_, d_, eta_, state_, counts_, hyper_, array_, first in zip(w, x, d, eta, state, counts, hyper, array, first_sample,
-                                                                      strict=True):
+    for w_, x_, d_, eta_, state_, counts_, hyper_, array_, first in zip(
+        w, x, d, eta, state, counts, hyper, array, first_sample, strict=True
+    ):
         held = _deal(given, hyper_, array_)
         x_, d_, rate, rules = x_.float(), d_.float(), float(eta_), Rules.of_update(hyper_)
         granularity = float(models.device_params(hyper_, array_ == C)["granularity"])
@@ -154,8 +181,9 @@ def _transfer_digital(a: Tensor, b: Tensor, c: Tensor, held: Tensor | None, stat
         cell.set_cells(p, key, C, cell.index_of(c), c, held, cell.BY_TRANSFER, int(state[STEP]))
 
 
-def _transfer_pulsed(a: Tensor, b: Tensor, c: Tensor, held: Tensor | None, state: Tensor, counts: Tensor, hyper: Tensor,
-                     residual: bool) -> None:
+def _transfer_pulsed(
+    a: Tensor, b: Tensor, c: Tensor, held: Tensor | None, state: Tensor, counts: Tensor, hyper: Tensor, residual: bool
+) -> None:
     tile, tau = tile_numbers(hyper), _round(tile_numbers(hyper)["tau"])
     rules, cap = Rules.of_transfer(hyper), int(tile["max_words"])
     granularity = float(models.device_params(hyper, True)["granularity"])
@@ -179,7 +207,9 @@ def _transfer_pulsed(a: Tensor, b: Tensor, c: Tensor, held: Tensor | None, state
         trains += [train] * words
     for s0 in range(0, len(rows), rules.block_samples):  # one sample of the stream for each word of each term
         block = slice(s0, s0 + rules.block_samples)
-        _apply_block(c, held, b[rows[block]], a.t()[rows[block]], trains[block], s0, tau < 0, state, counts, hyper, C, rules)
+        _apply_block(
+            c, held, b[rows[block]], a.t()[rows[block]], trains[block], s0, tau < 0, state, counts, hyper, C, rules
+        )
 
 
 def _residual(a: Tensor, b: Tensor, hyper: Tensor, q: int) -> Tensor:
@@ -206,8 +236,9 @@ def _orthogonalise(b: Tensor, std: float) -> None:
         b[q] = b[q].double() * math.sqrt(unit / _lane_sum(b[q].double() * b[q].double(), 32))
 
 
-def _reinit(a: Tensor, b: Tensor, held: tuple[Tensor | None, Tensor | None], state: Tensor, hyper: Tensor,
-            residual: bool) -> None:
+def _reinit(
+    a: Tensor, b: Tensor, held: tuple[Tensor | None, Tensor | None], state: Tensor, hyper: Tensor, residual: bool
+) -> None:
     tile, key, k, cycle = tile_numbers(hyper), int(state[KEY]), b.shape[1], int(state[CYCLE])
     std, p, orthogonal = f32(tile["reinit_std"]), models.device_params(hyper, False), int(tile["reinit"]) == _ORTHOGONAL
     index = cell.index_of(b)
@@ -235,8 +266,17 @@ def _reinit(a: Tensor, b: Tensor, held: tuple[Tensor | None, Tensor | None], sta
         cell.set_cells(p, key, A, cell.index_of(a), a, held[0], cell.BY_REINIT, cycle)
 
 
-def transfer_(a: list[Tensor], b: list[Tensor], c: list[Tensor], state: list[Tensor], counts: list[Tensor],
-              hyper: list[Tensor], samples: list[int], force: bool, cells: list[Tensor] | None = None) -> None:
+def transfer_(
+    a: list[Tensor],
+    b: list[Tensor],
+    c: list[Tensor],
+    state: list[Tensor],
+    counts: list[Tensor],
+    hyper: list[Tensor],
+    samples: list[int],
+    force: bool,
+    cells: list[Tensor] | None = None,
+) -> None:
     """Ends an optimizer step; where a tile is due, C += tau A B and fresh factors."""
     given = iter(cells or ())
     for a_, b_, c_, state_, counts_, hyper_, increment in zip(a, b, c, state, counts, hyper, samples, strict=True):
@@ -258,16 +298,18 @@ def transfer_(a: list[Tensor], b: list[Tensor], c: list[Tensor], state: list[Ten
         state_[STEP] += 1
 
 
-def reinit_(a: list[Tensor], b: list[Tensor], state: list[Tensor], hyper: list[Tensor],
-            cells: list[Tensor] | None = None) -> None:
+def reinit_(
+    a: list[Tensor], b: list[Tensor], state: list[Tensor], hyper: list[Tensor], cells: list[Tensor] | None = None
+) -> None:
     """A <- 0, B <- the draw of the present cycle."""
     given = iter(cells or ())
     for a_, b_, state_, hyper_ in zip(a, b, state, hyper, strict=True):
         _reinit(a_, b_, (_deal(given, hyper_, A), _deal(given, hyper_, B)), state_, hyper_, residual=False)
 
 
-def digital_update_(w: list[Tensor], grad: list[Tensor], lr: list[Tensor], state: list[Tensor], counts: list[Tensor],
-                    scale: list[float]) -> None:
+def digital_update_(
+    w: list[Tensor], grad: list[Tensor], lr: list[Tensor], state: list[Tensor], counts: list[Tensor], scale: list[float]
+) -> None:
     """w -= lr scale grad, skipped and counted where grad is not finite."""
     for w_, g, lr_, state_, counts_, s in zip(w, grad, lr, state, counts, scale, strict=True):
         if bool(torch.isfinite(g).all()):
@@ -276,7 +318,9 @@ def digital_update_(w: list[Tensor], grad: list[Tensor], lr: list[Tensor], state
             _count_nonfinite(counts_, int(state_[STEP]), 1)
 
 
-def pulse_scale_(eta: list[Tensor], grad: list[Tensor], first: list[Tensor], lr: list[Tensor], scale: list[float]) -> None:
+def pulse_scale_(
+    eta: list[Tensor], grad: list[Tensor], first: list[Tensor], lr: list[Tensor], scale: list[float]
+) -> None:
     """eta = lr scale <grad, first> / <first, first>."""
     for eta_, g, f, lr_, s in zip(eta, grad, first, lr, scale, strict=True):
         g, f = g.flatten().double(), f.flatten().double()
@@ -284,8 +328,9 @@ def pulse_scale_(eta: list[Tensor], grad: list[Tensor], first: list[Tensor], lr:
         eta_.fill_(float(lr_) * s * (_lane_sum(g * f, 1024) / square) if square != 0 else 0.0)
 
 
-def relax_(w: list[Tensor], state: list[Tensor], hyper: list[Tensor], array: list[int],
-           cells: list[Tensor] | None = None) -> None:
+def relax_(
+    w: list[Tensor], state: list[Tensor], hyper: list[Tensor], array: list[int], cells: list[Tensor] | None = None
+) -> None:
     """Decay and diffusion of every cell and the refresh of pairs, one optimizer step."""
     given = iter(cells or ())
     for w_, state_, hyper_, array_ in zip(w, state, hyper, array, strict=True):
@@ -300,7 +345,9 @@ def draw_cells(state: Tensor, hyper: Tensor, array: int, rows: int, columns: int
     return torch.stack(list(cells))
 
 
-def clip_(w: Tensor, state: Tensor, hyper: Tensor, array: int, write: bool, cells: list[Tensor] | None = None) -> Tensor:
+def clip_(
+    w: Tensor, state: Tensor, hyper: Tensor, array: int, write: bool, cells: list[Tensor] | None = None
+) -> Tensor:
     """Counts the cells at a bound; ``write`` programs them to w and counts what of w is at or beyond a bound."""
     p, key, held = models.device_params(hyper, array == C), int(state[KEY]), _deal(iter(cells or ()), hyper, array)
     count = cell.at_bound(p, key, array, w, held, write).sum()
@@ -309,8 +356,17 @@ def clip_(w: Tensor, state: Tensor, hyper: Tensor, array: int, write: bool, cell
     return count
 
 
-def reset_cells_(w: Tensor, state: Tensor, hyper: Tensor, array: int, first: int, last: int, share: float, number: int,
-                 cells: list[Tensor] | None = None) -> None:
+def reset_cells_(
+    w: Tensor,
+    state: Tensor,
+    hyper: Tensor,
+    array: int,
+    first: int,
+    last: int,
+    share: float,
+    number: int,
+    cells: list[Tensor] | None = None,
+) -> None:
     """Resets the cells of columns [first, last) with probability ``share``."""
     p, held = models.device_params(hyper, array == C), _deal(iter(cells or ()), hyper, array)
     cell.reset(p, int(state[KEY]), array, w, held, slice(first, last), share, number, int(state[STEP]))

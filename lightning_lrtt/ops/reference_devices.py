@@ -112,8 +112,11 @@ def _derive(p: Params, n1: Tensor, n2: Tensor, c: Cells) -> Cells:
         return c._replace(b_max=b_max - shift, b_min=b_min - shift, e0=e0, e1=e1, e2=shift)
     if kind == EXP:
         open_ = spread > 0
-        return c._replace(e0=torch.where(open_, 2.0 * p["a"] / spread, _ZERO), s_up=torch.where(open_, c.s_up, _ZERO),
-                          s_dn=torch.where(open_, c.s_dn, _ZERO))
+        return c._replace(
+            e0=torch.where(open_, 2.0 * p["a"] / spread, _ZERO),
+            s_up=torch.where(open_, c.s_up, _ZERO),
+            s_dn=torch.where(open_, c.s_dn, _ZERO),
+        )
     if kind in (POW, POW_REFERENCE):
         gain, rho = fma(p["pow_gamma_dtod"], normal(n1[0]), _ONE), p["pow_up_down_dtod"] * normal(n1[1])
         e0 = ((less(p["pow_up_down"], _ZERO) + gain) + rho) * p["pow_gamma"]

@@ -43,17 +43,35 @@ class Rules(NamedTuple):
     def of_update(cls, hyper: Tensor) -> Rules:
         """Those of the updates of A and B."""
         t = tile_numbers(hyper)
-        return cls(int(t["desired_bl"]), bool(t["update_management"]), bool(t["update_bl_management"]), int(t["pulse_type"]),
-                   bool(t["fixed_bl"]), int(t["max_bl"]), bool(t["sto_round"]), t["x_res"], t["d_res"],
-                   t["um_grad_scale"])
+        return cls(
+            int(t["desired_bl"]),
+            bool(t["update_management"]),
+            bool(t["update_bl_management"]),
+            int(t["pulse_type"]),
+            bool(t["fixed_bl"]),
+            int(t["max_bl"]),
+            bool(t["sto_round"]),
+            t["x_res"],
+            t["d_res"],
+            t["um_grad_scale"],
+        )
 
     @classmethod
     def of_transfer(cls, hyper: Tensor) -> Rules:
         """Those of the transfer into C."""
         t = tile_numbers(hyper)
-        return cls(int(t["transfer_bl"]), bool(t["transfer_update_management"]), bool(t["transfer_update_bl_management"]),
-                   int(t["transfer_pulse_type"]), True, 0, bool(t["transfer_sto_round"]), t["transfer_x_res"],
-                   t["transfer_d_res"], 1.0)
+        return cls(
+            int(t["transfer_bl"]),
+            bool(t["transfer_update_management"]),
+            bool(t["transfer_update_bl_management"]),
+            int(t["transfer_pulse_type"]),
+            True,
+            0,
+            bool(t["transfer_sto_round"]),
+            t["transfer_x_res"],
+            t["transfer_d_res"],
+            1.0,
+        )
 
     @property
     def most_slots(self) -> int:
@@ -118,23 +136,55 @@ class Coincidences:
         array: Which array of the tile.
     """
 
-    def __init__(self, x: Tensor, d: Tensor, trains: list[Train], rules: Rules, key: int, step: int, first_sample: int,
-                 array: int) -> None:
+    def __init__(
+        self,
+        x: Tensor,
+        d: Tensor,
+        trains: list[Train],
+        rules: Rules,
+        key: int,
+        step: int,
+        first_sample: int,
+        array: int,
+    ) -> None:
         # The sample of each slot, and its number in the sample's train.
-        self.sample = torch.tensor([s for s, (slots, _, _) in enumerate(trains) for _ in range(slots)], dtype=torch.int64)
+        self.sample = torch.tensor(
+            [s for s, (slots, _, _) in enumerate(trains) for _ in range(slots)], dtype=torch.int64
+        )
         self.place = torch.tensor([i for slots, _, _ in trains for i in range(slots)], dtype=torch.int64)
         self.opposite = torch.signbit(d)[:, :, None] ^ torch.signbit(x)[:, None, :]
         self.slots = len(self.sample)
-        chances = [[_chance(v[s].abs() * f32(train[1 + side]), (rules.x_res, rules.d_res)[side], rules.sto_round, key, step,
-                            first_sample + s, array, side) for s, train in enumerate(trains)] for side, v in enumerate((x, d))]
+        chances = [
+            [
+                _chance(
+                    v[s].abs() * f32(train[1 + side]),
+                    (rules.x_res, rules.d_res)[side],
+                    rules.sto_round,
+                    key,
+                    step,
+                    first_sample + s,
+                    array,
+                    side,
+                )
+                for s, train in enumerate(trains)
+            ]
+            for side, v in enumerate((x, d))
+        ]
         self.counts: Tensor | None = None
         if rules.kind in (MEAN_COUNT, DETERMINISTIC_IMPLICIT):
-            self.counts = torch.stack([_counts(rules.kind, chances[0][s], chances[1][s], train[0])
-                                       for s, train in enumerate(trains)])
+            self.counts = torch.stack(
+                [_counts(rules.kind, chances[0][s], chances[1][s], train[0]) for s, train in enumerate(trains)]
+            )
         else:
             self.x, self.d = (
-                torch.cat([rng.bernoulli(key, chances[side][s], train[0], first_sample + s, step, purpose, array)
-                           for s, train in enumerate(trains) if train[0]] or [torch.zeros(0, v.shape[1], dtype=torch.bool)])
+                torch.cat(
+                    [
+                        rng.bernoulli(key, chances[side][s], train[0], first_sample + s, step, purpose, array)
+                        for s, train in enumerate(trains)
+                        if train[0]
+                    ]
+                    or [torch.zeros(0, v.shape[1], dtype=torch.bool)]
+                )
                 for side, (v, purpose) in enumerate(((x, rng.BIT_X), (d, rng.BIT_D)))
             )
 

@@ -15,9 +15,27 @@ DIRECT_SLOTS = 5  # up to here a slot takes one uniform, longer trains are sampl
 
 # csrc/math.h: log2 on [-0.25, 0.5), z/x by w - 3.5, z/x by sqrt(w) - 4; highest power first.
 _LOG2 = (-0.0961651281, 0.204129755, -0.250653386, 0.290073574, -0.360335201, 0.480847508, -0.72135067, 1.44269526)
-_CENTRE = (2.16665996e-09, 3.62964947e-08, -5.79798211e-07, -6.4612658e-07, 7.17791045e-05, -0.000620948733, -0.00264456123,
-           0.242356926, 2.09747577)
-_TAIL = (-6.67963614e-05, 0.000357993646, -0.000817806518, 0.00131835067, -0.00243593566, 0.00445158454, 1.18452847, 4.47536278)
+_CENTRE = (
+    2.16665996e-09,
+    3.62964947e-08,
+    -5.79798211e-07,
+    -6.4612658e-07,
+    7.17791045e-05,
+    -0.000620948733,
+    -0.00264456123,
+    0.242356926,
+    2.09747577,
+)
+_TAIL = (
+    -6.67963614e-05,
+    0.000357993646,
+    -0.000817806518,
+    0.00131835067,
+    -0.00243593566,
+    0.00445158454,
+    1.18452847,
+    4.47536278,
+)
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 
 
@@ -144,8 +162,10 @@ def on_grid(p: Tensor, res: float, words: Tensor | None) -> Tensor:
 
 def bernoulli(key: int, p: Tensor, slots: int, sample: int, step: int, purpose: int, array: int) -> Tensor:
     """``[slots, elements]`` booleans: slot t of element j fires with probability p[j]; p >= 1 fires always."""
-    pieces = [_bernoulli(key, p, min(slots - begin, 32), sample, step, counter3(purpose, array, begin // 32))
-              for begin in range(0, slots, 32)]
+    pieces = [
+        _bernoulli(key, p, min(slots - begin, 32), sample, step, counter3(purpose, array, begin // 32))
+        for begin in range(0, slots, 32)
+    ]
     return torch.cat(pieces)
 
 

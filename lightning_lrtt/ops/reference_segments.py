@@ -11,8 +11,15 @@ BLOCK: int = LAYOUT["segment_block"]
 LANES, FINAL_LANES = LAYOUT["segment_lanes"]
 
 
-def segment_sum_(out: list[Tensor], slots: list[Tensor], weights: Tensor, scale: Tensor, stats: Tensor, program: list[int],
-                 redo: bool) -> None:
+def segment_sum_(
+    out: list[Tensor],
+    slots: list[Tensor],
+    weights: Tensor,
+    scale: Tensor,
+    stats: Tensor,
+    program: list[int],
+    redo: bool,
+) -> None:
     """Arguments as ``torch.ops.lrtt.segment_sum_``."""
     if redo and bool((weights == 1).all()):
         return

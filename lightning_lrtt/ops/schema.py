@@ -32,7 +32,9 @@ COUNTS: dict[str, int] = {name: i for i, name in enumerate(LAYOUT["counts"])}
 HYPER_SIZE = len(LAYOUT["tile"]) + 2 * len(LAYOUT["device"])
 DEVICE_KINDS = tuple(len(LAYOUT["tile"]) + i * len(LAYOUT["device"]) + LAYOUT["device"].index("kind") for i in (0, 1))
 _PAIRS = tuple(kind - LAYOUT["device"].index("kind") + LAYOUT["device"].index("pair") for kind in DEVICE_KINDS)
-_WRITE_NOISE = tuple(kind - LAYOUT["device"].index("kind") + LAYOUT["device"].index("write_noise_std") for kind in DEVICE_KINDS)
+_WRITE_NOISE = tuple(
+    kind - LAYOUT["device"].index("kind") + LAYOUT["device"].index("write_noise_std") for kind in DEVICE_KINDS
+)
 FIXED_POINT: float = LAYOUT["fixed_point"]  # units per weight unit of the sums in `counts`
 BLOCK_SAMPLES: int = LAYOUT["block_samples"]  # `first_sample` must be a multiple of it
 CELL_NUMBERS: int = LAYOUT["cell_numbers"]  # what `draw_cells` gives of a cell
@@ -116,15 +118,24 @@ def planes(hyper: Tensor, array: int) -> int:
 @torch.library.register_fake("lrtt::pulsed_update_", lib=library)
 def _(w, x, d, eta, state, counts, hyper, array, first_sample, cells=None):  # type: ignore[no-untyped-def]
     for array_w, array_x, array_d, first in zip(w, x, d, first_sample, strict=True):
-        torch._check(array_w.dtype == torch.float32, lambda t=array_w: f"pulsed_update_: w must be float32, got {t.dtype}")
         torch._check(
-            array_x.dim() == 2 and array_d.dim() == 2 and array_x.shape[0] == array_d.shape[0]
-            and array_x.shape[1] == array_w.shape[1] and array_d.shape[1] == array_w.shape[0],
-            lambda a=array_w, b=array_x, c=array_d: "pulsed_update_: x must be [N, columns] and d [N, rows] of w "
-            f"{list(a.shape)}, got x {list(b.shape)}, d {list(c.shape)}",
+            array_w.dtype == torch.float32, lambda t=array_w: f"pulsed_update_: w must be float32, got {t.dtype}"
         )
-        torch._check(first % BLOCK_SAMPLES == 0,
-                     lambda f=first: f"pulsed_update_: first_sample must be a multiple of {BLOCK_SAMPLES}, got {f}")
+        torch._check(
+            array_x.dim() == 2
+            and array_d.dim() == 2
+            and array_x.shape[0] == array_d.shape[0]
+            and array_x.shape[1] == array_w.shape[1]
+            and array_d.shape[1] == array_w.shape[0],
+            lambda a=array_w, b=array_x, c=array_d: (
+                "pulsed_update_: x must be [N, columns] and d [N, rows] of w "
+                f"{list(a.shape)}, got x {list(b.shape)}, d {list(c.shape)}"
+            ),
+        )
+        torch._check(
+            first % BLOCK_SAMPLES == 0,
+            lambda f=first: f"pulsed_update_: first_sample must be a multiple of {BLOCK_SAMPLES}, got {f}",
+        )
 
 
 @torch.library.register_fake("lrtt::transfer_", lib=library)
@@ -142,14 +153,18 @@ def _(w, grad, lr, state, counts, scale):  # type: ignore[no-untyped-def]
     for array_w, array_g in zip(w, grad, strict=True):
         torch._check(
             array_w.shape == array_g.shape and array_w.dtype == array_g.dtype,
-            lambda a=array_w, b=array_g: f"digital_update_: grad must be {list(a.shape)} {a.dtype}, got {list(b.shape)} {b.dtype}",
+            lambda a=array_w, b=array_g: (
+                f"digital_update_: grad must be {list(a.shape)} {a.dtype}, got {list(b.shape)} {b.dtype}"
+            ),
         )
 
 
 @torch.library.register_fake("lrtt::pulse_scale_", lib=library)
 def _(eta, grad, first, lr, scale):  # type: ignore[no-untyped-def]
     for g, f in zip(grad, first, strict=True):
-        torch._check(g.shape == f.shape, lambda a=g, b=f: f"pulse_scale_: grad {list(a.shape)} and first {list(b.shape)} differ")
+        torch._check(
+            g.shape == f.shape, lambda a=g, b=f: f"pulse_scale_: grad {list(a.shape)} and first {list(b.shape)} differ"
+        )
 
 
 @torch.library.register_fake("lrtt::relax_", lib=library)
@@ -185,14 +200,19 @@ def _(x, ticket, state, io, array, round, first_sample, pending, dtype):  # type
 
 @torch.library.register_fake("lrtt::io_product", lib=library)
 def _(u, w, pending):  # type: ignore[no-untyped-def]
-    torch._check(u.shape[1] == w.shape[1], lambda: f"io_product: u [N, k] and w [d, k] must agree, got {list(u.shape)}, {list(w.shape)}")
+    torch._check(
+        u.shape[1] == w.shape[1],
+        lambda: f"io_product: u [N, k] and w [d, k] must agree, got {list(u.shape)}, {list(w.shape)}",
+    )
     return w.new_empty((u.shape[0], w.shape[0]), dtype=torch.float32)
 
 
 @torch.library.register_fake("lrtt::io_output_", lib=library)
 def _(y, acc, per, ticket, state, io, array, round, first_sample, pending):  # type: ignore[no-untyped-def]
-    torch._check(y.shape == acc.shape and acc.dim() == 2,
-                 lambda: f"io_output_: y and acc must be [N, d], got {list(y.shape)} and {list(acc.shape)}")
+    torch._check(
+        y.shape == acc.shape and acc.dim() == 2,
+        lambda: f"io_output_: y and acc must be [N, d], got {list(y.shape)} and {list(acc.shape)}",
+    )
     return acc.new_empty(acc.shape[0], dtype=torch.int32)
 
 
@@ -206,8 +226,10 @@ def _(out, slots, weights, scale, stats, program, redo):  # type: ignore[no-unty
     nodes = sum(step & 1 for step in program)
     torch._check(
         nodes > 0 and len(out) % nodes == 0 and len(slots) * nodes == len(out) * len(program),
-        lambda: f"segment_sum_: out must hold {nodes} nodes and slots {len(program)} segments of each parameter, got "
-        f"{len(out)} and {len(slots)}",
+        lambda: (
+            f"segment_sum_: out must hold {nodes} nodes and slots {len(program)} segments of each parameter, got "
+            f"{len(out)} and {len(slots)}"
+        ),
     )
 
 
@@ -215,5 +237,7 @@ def _check_tiles(op: str, a_list: list[Tensor], b_list: list[Tensor], c_list: li
     for a, b, c in zip(a_list, b_list, c_list, strict=True):
         torch._check(
             a.shape[1] == b.shape[0] and tuple(c.shape) == (a.shape[0], b.shape[1]),
-            lambda a=a, b=b, c=c: f"{op}: A [d, r], B [r, k], C [d, k] must agree, got {list(a.shape)}, {list(b.shape)}, {list(c.shape)}",
+            lambda a=a, b=b, c=c: (
+                f"{op}: A [d, r], B [r, k], C [d, k] must agree, got {list(a.shape)}, {list(b.shape)}, {list(c.shape)}"
+            ),
         )

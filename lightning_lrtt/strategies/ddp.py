@@ -109,9 +109,14 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
         if segment_clip is not None:
             _check.number(me, "segment_clip", segment_clip, above=0.0)
         super().__init__(
-            accelerator=accelerator, parallel_devices=parallel_devices, cluster_environment=cluster_environment,
-            checkpoint_io=checkpoint_io, precision_plugin=precision_plugin, process_group_backend=process_group_backend,
-            timeout=timedelta(seconds=timeout), start_method=start_method,
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(seconds=timeout),
+            start_method=start_method,
         )
         self._init_tiles(config, include, exclude, tile_lr_scale, on_nonfinite)
         self.segments, self.nonfinite, self.segment_clip = segments, nonfinite, segment_clip
@@ -196,7 +201,9 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         if not self.loads_training_data:
             return dataloader
-        loader = SegmentLoader(dataloader, self.segments, owners(self.segments, self.world_size)[self.global_rank], self.seed)
+        loader = SegmentLoader(
+            dataloader, self.segments, owners(self.segments, self.world_size)[self.global_rank], self.seed
+        )
         saved = self._saved.get("batch_sizes", [])[len(self._batch_sizes) : len(self._batch_sizes) + 1]
         if saved and saved[0] != loader.batch_size:
             raise MisconfigurationException(
@@ -221,7 +228,9 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
         return self.fit.training_step(args, kwargs)
 
     @override
-    def backward(self, closure_loss: Tensor, optimizer: torch.optim.Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+    def backward(
+        self, closure_loss: Tensor, optimizer: torch.optim.Optimizer | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         # The segments' backward passes are done; now that Lightning has zeroed gradients the sum takes their place.
         assert self.fit is not None and self.lightning_module is not None
         self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
@@ -229,8 +238,9 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
     @override
-    def optimizer_step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any], model: Any = None,
-                       **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         assert self.fit is not None
         self.fit.verify()
@@ -261,7 +271,10 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
             self.fit.reducer.check()  # a step that broke the parameters must not be what one resumes from
         if "optimizer_states" in checkpoint:
             checkpoint["lrtt_segments"] = {
-                "segments": self.segments, "threads": self.threads, "seed": self.seed, "workers": self.world_size,
+                "segments": self.segments,
+                "threads": self.threads,
+                "seed": self.seed,
+                "workers": self.world_size,
                 "batch_sizes": list(self._batch_sizes),
                 "self_test": self.fit.test_hash if self.fit is not None else None,
             }
@@ -273,8 +286,10 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
         if saved is None:
             log.info("lightning_lrtt: the checkpoint was not written by lrtt_ddp; from here on the run is segmented")
         else:
-            for name, why in (("segments", "another tree adds in another order"),
-                              ("threads", "matrix products add in another order")):
+            for name, why in (
+                ("segments", "another tree adds in another order"),
+                ("threads", "matrix products add in another order"),
+            ):
                 if saved[name] != getattr(self, name):
                     raise MisconfigurationException(
                         f"LRTTDDPStrategy: {name} must be the checkpoint's, {saved[name]}, got {getattr(self, name)}; {why}"

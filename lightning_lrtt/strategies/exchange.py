@@ -94,8 +94,15 @@ class Exchange(ABC):
         border = min(max(split - first, 0), out.numel())
         for low, high, dtype in ((0, border, torch.float32), (border, out.numel(), torch.float64)):
             if high > low:
-                torch.ops.lrtt.segment_sum_([out[low:high].view(dtype)], [n[low:high].view(dtype) for n in nodes], self._ones,
-                                            scale, self._no_stats, self.program, False)
+                torch.ops.lrtt.segment_sum_(
+                    [out[low:high].view(dtype)],
+                    [n[low:high].view(dtype) for n in nodes],
+                    self._ones,
+                    scale,
+                    self._no_stats,
+                    self.program,
+                    False,
+                )
 
     def chunk(self, size: int) -> int:
         """Bytes of the part of a node that one worker adds up."""
@@ -158,7 +165,9 @@ class CollectiveExchange(Exchange):
         all_ = torch.empty(self._padded, dtype=torch.uint8, device=self.device)
         part = torch.empty(chunk, dtype=torch.uint8, device=self.device)
         try:
-            distributed.all_to_all_single(received, sent, [count * chunk for count in self.counts], [mine * chunk] * self.workers)
+            distributed.all_to_all_single(
+                received, sent, [count * chunk for count in self.counts], [mine * chunk] * self.workers
+            )
             self.combine(list(received.view(-1, chunk)), part, self._split, self.rank * chunk, scale)
             distributed.all_gather_into_tensor(all_, part)
         except RuntimeError as error:

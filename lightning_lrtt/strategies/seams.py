@@ -18,8 +18,9 @@ class StepExecutor(Protocol):
     def place(self, batch: Any, transfer: Callable[[Any], Any]) -> Any:
         """A training batch on the device; ``transfer`` is the strategy's own way."""
 
-    def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any], run: Callable[[], Any],
-             update: bool) -> Any:
+    def step(
+        self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any], run: Callable[[], Any], update: bool
+    ) -> Any:
         """One micro-batch, ``update`` if the optimizer steps at its end; ``run`` is the strategy's own way."""
 
 
@@ -46,8 +47,9 @@ class ExecutorSeams(Strategy):
         return transfer(batch) if self.executor is None or not training else self.executor.place(batch, transfer)
 
     @override
-    def optimizer_step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any], model: Any = None,
-                       **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
         step = partial(super().optimizer_step, optimizer, closure, model, **kwargs)
         if self.executor is None:
             return step()

@@ -56,15 +56,20 @@ def identity_card(module: pl.LightningModule, numbers: dict[str, Any], device: t
         source = ""
     shapes = repr([(name, tuple(p.shape), str(p.dtype), p.requires_grad) for name, p in module.named_parameters()])
     card = {
-        "torch": torch.__version__, "lightning": lightning.__version__, "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
         "lightning_lrtt build": repr(sorted(build_info().items())),
-        "code of the LightningModule": _digest(source), "parameters": _digest(shapes),
+        "code of the LightningModule": _digest(source),
+        "parameters": _digest(shapes),
         "intra-op threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
     }
     if device.type == "cpu":
         card["CPU features"] = torch.backends.cpu.get_cpu_capability()
-        card["MKL/oneDNN settings"] = repr(sorted((k, v) for k, v in os.environ.items() if k.startswith(("MKL_", "DNNL_", "ONEDNN_"))))
+        card["MKL/oneDNN settings"] = repr(
+            sorted((k, v) for k, v in os.environ.items() if k.startswith(("MKL_", "DNNL_", "ONEDNN_")))
+        )
     return card | numbers
 
 

@@ -134,8 +134,14 @@ class SegmentLoader:
         self.segments, self.own, self.seed = segments, own, seed
         self._rows = rows
         self._items = _Items()
-        self._inner = DataLoader(_SegmentDataset(self.dataset, options.pop("collate_fn")), batch_size=None, sampler=self._items,
-                                 collate_fn=_as_it_is, generator=torch.Generator(), **options)
+        self._inner = DataLoader(
+            _SegmentDataset(self.dataset, options.pop("collate_fn")),
+            batch_size=None,
+            sampler=self._items,
+            collate_fn=_as_it_is,
+            generator=torch.Generator(),
+            **options,
+        )
         self._epoch = self._batch = 0  # where the last iterator stands
         self._next = (0, 0)  # where the next one starts
 
@@ -165,7 +171,10 @@ class SegmentLoader:
         order, share = self._order(self._epoch), self.batch_size // self.segments
         first = [(batch, s) for batch in range(self._batch, len(self)) for s in self.own]
         self._items.items = [
-            (key(self.seed, DATA, self._epoch, batch, s), order[(at := batch * self.batch_size + s * share) : at + share])
+            (
+                key(self.seed, DATA, self._epoch, batch, s),
+                order[(at := batch * self.batch_size + s * share) : at + share],
+            )
             for batch, s in first
         ]
         self._inner.generator.manual_seed(key(self.seed, DATA, self._epoch))  # type: ignore[union-attr]
@@ -188,8 +197,13 @@ class SegmentLoader:
         inside = 0 < state["batch"] < state["batches"]
         for name, value in self._depends_on().items():
             if inside and state["order"].get(name) != value:
-                raise _check.fail("LRTTDDPStrategy", name, f"as in the checkpoint, {state['order'].get(name)!r}", value,
-                                  "it lies in the middle of an epoch, whose order depends on it")
+                raise _check.fail(
+                    "LRTTDDPStrategy",
+                    name,
+                    f"as in the checkpoint, {state['order'].get(name)!r}",
+                    value,
+                    "it lies in the middle of an epoch, whose order depends on it",
+                )
         self._epoch, self._batch = state["epoch"], state["batch"]
         self._next = (self._epoch, self._batch) if inside or state["batch"] == 0 else (self._epoch + 1, 0)
 
@@ -200,22 +214,42 @@ class SegmentLoader:
 def _describe(loader: Any, seed: int) -> tuple[Any, Callable[[int], list[int]], int, dict[str, Any]]:
     """(dataset, order of an epoch, global batch size, options of the inner DataLoader)."""
     if isinstance(loader, ResumableLoader):
-        return loader.dataset, loader.global_order, loader.batch_size, {
-            "drop_last": loader.drop_last, **loader.options, "collate_fn": loader.options["collate_fn"] or _default_collate()}
+        return (
+            loader.dataset,
+            loader.global_order,
+            loader.batch_size,
+            {
+                "drop_last": loader.drop_last,
+                **loader.options,
+                "collate_fn": loader.options["collate_fn"] or _default_collate(),
+            },
+        )
     if not isinstance(loader, DataLoader):
-        raise _refuse("a DataLoader or ResumableLoader, whose samples can be cut into segments", type(loader).__name__,
-                      "wrap the data in a map-style Dataset")
+        raise _refuse(
+            "a DataLoader or ResumableLoader, whose samples can be cut into segments",
+            type(loader).__name__,
+            "wrap the data in a map-style Dataset",
+        )
     if isinstance(loader.dataset, IterableDataset):
-        raise _refuse("over a map-style dataset", f"the iterable {type(loader.dataset).__name__}",
-                      "which rows belong to which segment must be known; give it __getitem__ and __len__")
+        raise _refuse(
+            "over a map-style dataset",
+            f"the iterable {type(loader.dataset).__name__}",
+            "which rows belong to which segment must be known; give it __getitem__ and __len__",
+        )
     sampler_of_batches = loader.batch_sampler
     if type(sampler_of_batches) is not BatchSampler:
-        raise _refuse("one that makes its batches itself", f"batch_sampler={type(sampler_of_batches).__name__}",
-                      "use batch_size and sampler")
+        raise _refuse(
+            "one that makes its batches itself",
+            f"batch_sampler={type(sampler_of_batches).__name__}",
+            "use batch_size and sampler",
+        )
     sampler = sampler_of_batches.sampler
     if isinstance(sampler, DistributedSampler):
-        raise _refuse("without a DistributedSampler", type(sampler).__name__, "every worker finds its segments itself; use "
-                      "shuffle=True or a sampler over the whole dataset")
+        raise _refuse(
+            "without a DistributedSampler",
+            type(sampler).__name__,
+            "every worker finds its segments itself; use shuffle=True or a sampler over the whole dataset",
+        )
 
     def order(epoch: int) -> list[int]:
         # A random sampler draws from its generator or from the global one; either starts alike in every epoch.
@@ -228,9 +262,18 @@ def _describe(loader: Any, seed: int) -> tuple[Any, Callable[[int], list[int]], 
                 sampler.set_epoch(epoch)
             return [int(row) for row in sampler]
 
-    options = {name: getattr(loader, name) for name in (
-        "num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "persistent_workers",
-        "collate_fn")}
+    options = {
+        name: getattr(loader, name)
+        for name in (
+            "num_workers",
+            "pin_memory",
+            "timeout",
+            "worker_init_fn",
+            "multiprocessing_context",
+            "persistent_workers",
+            "collate_fn",
+        )
+    }
     if loader.num_workers:
         options["prefetch_factor"] = loader.prefetch_factor
     return loader.dataset, order, sampler_of_batches.batch_size, options | {"drop_last": sampler_of_batches.drop_last}

@@ -50,8 +50,19 @@ class SegmentFit:
         self.strategy, self.trainer = strategy, trainer
         self.module = trainer.lightning_module
         device = strategy.root_device
-        numbers = {name: getattr(strategy, name) for name in
-                   ("segments", "nonfinite", "segment_clip", "verify_every", "threads", "exchange", "self_test", "seed")}
+        numbers = {
+            name: getattr(strategy, name)
+            for name in (
+                "segments",
+                "nonfinite",
+                "segment_clip",
+                "verify_every",
+                "threads",
+                "exchange",
+                "self_test",
+                "seed",
+            )
+        }
         numbers |= {f"tile {name}": repr(tile.config) for name, tile in find_tiles(self.module).items()}
         compare_cards(identity_card(self.module, numbers, device))
         state = strategy.broadcast(collect_rng(torch.device("cpu")))  # for what runs outside of segments
@@ -170,9 +181,15 @@ class SegmentFit:
             self.exchange.bytes_sent = 0
             return
         norms = reduced.rows[:, SQUARE].sqrt()
-        values = {"norm_mean": norms.mean(), "norm_max": norms.max(), "norm_min": norms.min(),
-                  "nonfinite": reduced.rows[:, BAD].sum(), "bytes_sent": float(self.exchange.bytes_sent),
-                  "gradient_bytes": float(self.reducer.gradient_bytes), "operand_bytes": float(self.reducer.operand_bytes)}
+        values = {
+            "norm_mean": norms.mean(),
+            "norm_max": norms.max(),
+            "norm_min": norms.min(),
+            "nonfinite": reduced.rows[:, BAD].sum(),
+            "bytes_sent": float(self.exchange.bytes_sent),
+            "gradient_bytes": float(self.reducer.gradient_bytes),
+            "operand_bytes": float(self.reducer.operand_bytes),
+        }
         for name, value in values.items():
             number: Any = value.float() if isinstance(value, Tensor) else value
             self.module.log(f"segment/{name}", number, on_step=True, on_epoch=False, batch_size=1)
@@ -208,8 +225,10 @@ def _exchange(strategy: LRTTDDPStrategy) -> Exchange:
     device, wanted = strategy.root_device, strategy.exchange
     possible = workers > 1 and device.type == "cpu" and one_host()
     if wanted == "shared_memory" and workers > 1 and not possible:
-        raise MisconfigurationException("LRTTDDPStrategy: exchange='shared_memory' must have CPU workers on one Linux host, got "
-                                        f"{workers} workers on {device.type}; use exchange='collectives' or 'auto'")
+        raise MisconfigurationException(
+            "LRTTDDPStrategy: exchange='shared_memory' must have CPU workers on one Linux host, got "
+            f"{workers} workers on {device.type}; use exchange='collectives' or 'auto'"
+        )
     if possible and wanted != "collectives":
         try:
             return SharedMemoryExchange(segments, rank, workers, strategy.timeout)

@@ -61,8 +61,13 @@ class Contents:
                 "LRTTDDPStrategy: every segment must call each tile with the same shapes, got "
                 f"{_difference(self, other)}; pad the samples to one size in the dataset"
             )
-        return Contents(tuple(sorted({*self.gradients, *other.gradients})), tuple(sorted({*self.buffers, *other.buffers})),
-                        self.logs, self.operands, self.samples)
+        return Contents(
+            tuple(sorted({*self.gradients, *other.gradients})),
+            tuple(sorted({*self.buffers, *other.buffers})),
+            self.logs,
+            self.operands,
+            self.samples,
+        )
 
 
 def _difference(one: Contents, other: Contents) -> str:
@@ -85,8 +90,10 @@ class Agreement:
         """
         words = exchange.meet([own.fingerprint, step])
         if any(other != step for _, other in words):
-            raise RuntimeError(f"LRTTDDPStrategy: all workers must be at one step, got {[s for _, s in words]}; the code of "
-                               "training_step or of a callback differs between workers")
+            raise RuntimeError(
+                f"LRTTDDPStrategy: all workers must be at one step, got {[s for _, s in words]}; the code of "
+                "training_step or of a callback differs between workers"
+            )
         prints = tuple(f for f, _ in words)
         if prints not in self._known:
             contents = own
@@ -128,7 +135,8 @@ class Layout:
         for tensor, name in zip(tensors, names, strict=True):
             if tensor.dtype not in _DTYPES:
                 raise MisconfigurationException(
-                    f"LRTTDDPStrategy: {name} must be float32 or float64, got {tensor.dtype}; keep parameters and buffers whole "
+                    f"LRTTDDPStrategy: {name} must be float32 or float64, got {tensor.dtype}; keep parameters and buffers "
+                    "whole "
                     "and use precision='bf16-mixed'"
                 )
         self.places: list[Place] = [None] * len(tensors)  # type: ignore[list-item]

@@ -91,7 +91,9 @@ class Reducer:
         rows, weights = self._presum(results, contents, layout, nodes)
         packed = None
         if operand_bytes:
-            packed = torch.stack([_pack(r.operands, w, operand_bytes, self._weighs) for r, w in zip(results, weights, strict=True)])
+            packed = torch.stack(
+                [_pack(r.operands, w, operand_bytes, self._weighs) for r, w in zip(results, weights, strict=True)]
+            )
         rows, packed = exchange.share(rows, packed)
         keep = 1.0 - rows[:, BAD] if self.nonfinite == "skip" else torch.ones_like(rows[:, BAD])
         good = keep.sum().view(1)
@@ -105,8 +107,15 @@ class Reducer:
         for i, value in results[0].buffers.items():  # counters: every segment counted from the same state
             if not value.is_floating_point():
                 runner.buffers.write(i, value)
-        return Reduced(gradients, loss, logs, rows, good, _unpack(packed, pieces, len(runner.tiles)),
-                       [n * exchange.segments for n in contents.samples])
+        return Reduced(
+            gradients,
+            loss,
+            logs,
+            rows,
+            good,
+            _unpack(packed, pieces, len(runner.tiles)),
+            [n * exchange.segments for n in contents.samples],
+        )
 
     @property
     def _weighs(self) -> bool:
@@ -121,7 +130,9 @@ class Reducer:
             self._layouts[contents] = Layout([t for _, t in both], [name for name, _ in both])
         return self._layouts[contents]
 
-    def _presum(self, results: list[Result], contents: Contents, layout: Layout, nodes: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _presum(
+        self, results: list[Result], contents: Contents, layout: Layout, nodes: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Write this worker's nodes; return its rows and the weights of its segments."""
         device = self.exchange.device
         empty = torch.empty(0, device=device)
@@ -149,10 +160,14 @@ class Reducer:
                 weights = torch.where(norm.isfinite(), weights, keep)  # a NaN is for the policy, not for clipping
             for (out, slots), weight in zip(sums, (weights, keep), strict=True):
                 torch.ops.lrtt.segment_sum_(out, slots, weight, self._one, self._nothing, self._program, True)
-        rows = torch.stack([stats[0, :, 0], bad, loss, *(torch.stack([r.logs[name] for r in results]) for name, _ in contents.logs)], 1)
+        rows = torch.stack(
+            [stats[0, :, 0], bad, loss, *(torch.stack([r.logs[name] for r in results]) for name, _ in contents.logs)], 1
+        )
         return rows, weights
 
-    def _numbers(self, rows: Tensor, keep: Tensor, scale: Tensor, contents: Contents) -> tuple[Tensor, dict[str, Tensor]]:
+    def _numbers(
+        self, rows: Tensor, keep: Tensor, scale: Tensor, contents: Contents
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         total = torch.empty(rows.shape[1], dtype=torch.float64, device=rows.device)
         torch.ops.lrtt.segment_sum_([total], list(rows.contiguous()), keep, self._one, self._nothing, self._all, False)
         mean = total * scale
@@ -199,7 +214,8 @@ class Reducer:
         raise NonFiniteSegmentError(
             f"LRTTDDPStrategy: loss and gradients must be finite, got NaN or infinity at optimizer step {step} in "
             f"{'all segments' if len(bad) == len(flags) else 'segment ' + ', '.join(map(str, bad))} (worker "
-            f"{', '.join(map(str, workers))}); lower lr, clip with segment_clip, or leave such segments out with nonfinite='skip'"
+            f"{', '.join(map(str, workers))}); lower lr, clip with segment_clip, or leave such segments out "
+            "with nonfinite='skip'"
         )
 
 

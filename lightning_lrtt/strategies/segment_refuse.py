@@ -22,16 +22,28 @@ def refuse(strategy: LRTTDDPStrategy, trainer: pl.Trainer) -> None:
     """
     module = trainer.lightning_module
     if trainer.accumulate_grad_batches != 1:
-        raise _error("accumulate_grad_batches", "1", trainer.accumulate_grad_batches,
-                     "a batch is cut into segments anyway: use a larger batch_size, or segments=144")
+        raise _error(
+            "accumulate_grad_batches",
+            "1",
+            trainer.accumulate_grad_batches,
+            "a batch is cut into segments anyway: use a larger batch_size, or segments=144",
+        )
     if not module.automatic_optimization:
         raise _error("optimization", "automatic", "manual", "the strategy runs backward itself, once for each segment")
     if strategy._layer_sync is not None or any(isinstance(m, SyncBatchNorm) for m in module.modules()):
-        raise _error("sync_batchnorm", "off", "on", "statistics are those of a segment, and running statistics are reduced "
-                     "along the tree")
+        raise _error(
+            "sync_batchnorm",
+            "off",
+            "on",
+            "statistics are those of a segment, and running statistics are reduced along the tree",
+        )
     if isinstance(strategy.precision_plugin, MixedPrecision) and strategy.precision_plugin.scaler is not None:
-        raise _error("precision", "'32-true', '64-true' or 'bf16-mixed'", strategy.precision_plugin.precision,
-                     "a gradient scaler makes infinities on purpose, which nonfinite= would take for errors")
+        raise _error(
+            "precision",
+            "'32-true', '64-true' or 'bf16-mixed'",
+            strategy.precision_plugin.precision,
+            "a gradient scaler makes infinities on purpose, which nonfinite= would take for errors",
+        )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise _error("training_step", "one that takes a batch", "dataloader_iter", "batches come as segments")
 

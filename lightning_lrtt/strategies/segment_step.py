@@ -18,8 +18,17 @@ from lightning_lrtt.nn.latch import Operands
 from lightning_lrtt.strategies.segment_layout import Contents
 from lightning_lrtt.strategies.segment_rng import seed_all
 
-_REDUCTIONS = {"mean": "mean", "sum": "sum", "min": "min", "max": "max", "avg": "mean",
-               torch.mean: "mean", torch.sum: "sum", torch.min: "min", torch.max: "max"}
+_REDUCTIONS = {
+    "mean": "mean",
+    "sum": "sum",
+    "min": "min",
+    "max": "max",
+    "avg": "mean",
+    torch.mean: "mean",
+    torch.sum: "sum",
+    torch.min: "min",
+    torch.max: "max",
+}
 
 
 @dataclass
@@ -54,13 +63,17 @@ class Recorder:
                 "the value of the segment (it is averaged over segments), and keep metric objects for validation"
             )
         if args:
-            raise TypeError(f"LRTTDDPStrategy: self.log({name!r}) must get its options by name, got {len(args)} by position")
+            raise TypeError(
+                f"LRTTDDPStrategy: self.log({name!r}) must get its options by name, got {len(args)} by position"
+            )
         reduction = options.get("reduce_fx", "mean")
         if isinstance(reduction, str):
             reduction = reduction.lower()
         if reduction not in _REDUCTIONS:
-            raise MisconfigurationException(f"LRTTDDPStrategy: reduce_fx of self.log({name!r}) must be mean, sum, min or max in "
-                                            f"training_step, got {reduction!r}")
+            raise MisconfigurationException(
+                f"LRTTDDPStrategy: reduce_fx of self.log({name!r}) must be mean, sum, min or max in "
+                f"training_step, got {reduction!r}"
+            )
         self.values[name] = value.detach() if isinstance(value, Tensor) else value
         self.options[name] = {**options, "prog_bar": prog_bar}
 
@@ -84,8 +97,11 @@ class Buffers:
 
     def __init__(self, module: nn.Module) -> None:
         self.slots = [
-            (owner, name) for owner in module.modules() if not isinstance(owner, TileModule)
-            for name, buffer in owner._buffers.items() if buffer is not None
+            (owner, name)
+            for owner in module.modules()
+            if not isinstance(owner, TileModule)
+            for name, buffer in owner._buffers.items()
+            if buffer is not None
         ]
         of = {id(owner): path for path, owner in module.named_modules()}
         self.names = [f"{of[id(owner)]}.{name}".lstrip(".") for owner, name in self.slots]
@@ -153,13 +169,21 @@ class Runner:
         device: Whose generators are seeded.
     """
 
-    def __init__(self, module: pl.LightningModule, forward: Callable[..., Any], backward: Callable[[Tensor], None],
-                 device: torch.device) -> None:
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        forward: Callable[..., Any],
+        backward: Callable[[Tensor], None],
+        device: torch.device,
+    ) -> None:
         self.module, self.forward, self.backward, self.device = module, forward, backward, device
         self.recorder = Recorder()
         self.buffers = Buffers(module)
-        self.tiles = [tile for tile in find_tiles(module).values()
-                      if tile.config.is_pulsed or tile.config.transfer_unit == "samples"]
+        self.tiles = [
+            tile
+            for tile in find_tiles(module).values()
+            if tile.config.is_pulsed or tile.config.transfer_unit == "samples"
+        ]
         self.metrics = {name: m for name, m in module.named_modules() if isinstance(m, Metric)}
         self.parameters: list[tuple[str, nn.Parameter]] = []
 
@@ -198,9 +222,14 @@ class Runner:
         logs = {name: _number(name, value, self.device) for name, value in sorted(self.recorder.values.items())}
         floating = tuple(i for i, value in buffers.items() if value.is_floating_point())
         contents = Contents(
-            tuple(gradients), floating, tuple((name, self.recorder.reduction(name)) for name in logs),
-            tuple((t, *((tuple(v.shape), str(v.dtype)) for v in (c.x, c.xb, c.d, c.da)))
-                  for t, calls in enumerate(operands) for c in calls),
+            tuple(gradients),
+            floating,
+            tuple((name, self.recorder.reduction(name)) for name in logs),
+            tuple(
+                (t, *((tuple(v.shape), str(v.dtype)) for v in (c.x, c.xb, c.d, c.da)))
+                for t, calls in enumerate(operands)
+                for c in calls
+            ),
             samples,
         )
         self._clear()
@@ -210,8 +239,9 @@ class Runner:
         gradient = parameter.grad
         assert gradient is not None
         if gradient.layout != torch.strided:
-            raise MisconfigurationException(f"LRTTDDPStrategy: the gradient of {name} must be dense, got {gradient.layout}; use "
-                                            "sparse=False")
+            raise MisconfigurationException(
+                f"LRTTDDPStrategy: the gradient of {name} must be dense, got {gradient.layout}; use sparse=False"
+            )
         return gradient.contiguous()
 
     def _clear(self) -> None:
@@ -242,5 +272,7 @@ def _detached(value: Any) -> Any:
 def _number(name: str, value: Any, device: torch.device) -> Tensor:
     tensor = torch.as_tensor(value, dtype=torch.float64)
     if tensor.numel() != 1:
-        raise MisconfigurationException(f"LRTTDDPStrategy: self.log({name!r}) must get one number, got shape {tuple(tensor.shape)}")
+        raise MisconfigurationException(
+            f"LRTTDDPStrategy: self.log({name!r}) must get one number, got shape {tuple(tensor.shape)}"
+        )
     return tensor.reshape(()).to(device, non_blocking=True)

@@ -24,7 +24,12 @@ def one_host() -> bool:
     """Whether all workers can share memory and see each other's processes. Collective."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        where: tuple[object, ...] = (socket.gethostname(), boot, os.readlink("/proc/self/ns/pid"), _FOLDER.stat().st_dev)
+        where: tuple[object, ...] = (
+            socket.gethostname(),
+            boot,
+            os.readlink("/proc/self/ns/pid"),
+            _FOLDER.stat().st_dev,
+        )
     except OSError:  # not Linux, or no /dev/shm
         where = (socket.gethostname(), os.getpid())  # like nobody else
     hosts: list[object] = [None] * distributed.get_world_size()
@@ -79,8 +84,10 @@ class SharedMemoryExchange(Exchange):
         operand_bytes = -(-operand_bytes // ALIGNMENT) * ALIGNMENT
         row_bytes = -(-columns * 8 // ALIGNMENT) * ALIGNMENT
         nodes = sum(self.counts)
-        if self._data is None or self._need < (size, row_bytes, operand_bytes) or any(
-            have < need for have, need in zip(self._need, (size, row_bytes, operand_bytes), strict=True)
+        if (
+            self._data is None
+            or self._need < (size, row_bytes, operand_bytes)
+            or any(have < need for have, need in zip(self._need, (size, row_bytes, operand_bytes), strict=True))
         ):
             self._need = tuple(max(a, b) for a, b in zip(self._need, (size, row_bytes, operand_bytes), strict=True))  # type: ignore[assignment]
             node, row, operand = self._need
@@ -144,7 +151,9 @@ def _map(size: int, rank: int) -> Tensor:
         try:
             file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
             try:
-                os.posix_fallocate(file, 0, size)  # now: a full /dev/shm would otherwise end a worker at its first write
+                os.posix_fallocate(
+                    file, 0, size
+                )  # now: a full /dev/shm would otherwise end a worker at its first write
             finally:
                 os.close(file)
             name = [str(path)]

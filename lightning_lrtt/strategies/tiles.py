@@ -40,9 +40,15 @@ class TileStrategy(_Base):
 
     config: LRTTConfig
 
-    def _init_tiles(self, config: LRTTConfig | None, include: Sequence[str] | None, exclude: Sequence[str] | None,
-                    tile_lr_scale: float, on_nonfinite: Literal["raise", "skip"],
-                    pretrained: str | Pretrained | None = None) -> None:
+    def _init_tiles(
+        self,
+        config: LRTTConfig | None,
+        include: Sequence[str] | None,
+        exclude: Sequence[str] | None,
+        tile_lr_scale: float,
+        on_nonfinite: Literal["raise", "skip"],
+        pretrained: str | Pretrained | None = None,
+    ) -> None:
         self.config = LRTTConfig() if config is None else config
         self.include, self.exclude = include, exclude
         self.tile_lr_scale, self.on_nonfinite = tile_lr_scale, on_nonfinite
@@ -126,13 +132,18 @@ class TileStrategy(_Base):
             self.optimizers = [self._wrap(optimizer) for optimizer in self.optimizers]
 
     @override
-    def optimizer_step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any], model: Any = None,
-                       **kwargs: Any) -> Any:
+    def optimizer_step(
+        self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
+    ) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         trainer = self.lightning_module.trainer
         every = trainer.log_every_n_steps
         # Only here, at the steps at which Lightning logs, and at epoch ends does training wait for the device.
-        if every and not self._leaves_the_step() and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0:
+        if (
+            every
+            and not self._leaves_the_step()
+            and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
+        ):
             self.check_finite()
         return result
 
@@ -196,7 +207,11 @@ class TileStrategy(_Base):
         others = sum(id(p) not in on_tiles for group in wrapped.param_groups for p in group["params"])
         log.info(
             "lightning_lrtt: %d tiles by LR-TT at lr x %g; %d digital parameters by %s, whose momentum, betas and "
-            "weight decay apply to those only", len(tiles), self.tile_lr_scale, others, type(optimizer).__name__,
+            "weight decay apply to those only",
+            len(tiles),
+            self.tile_lr_scale,
+            others,
+            type(optimizer).__name__,
         )
         return wrapped
 

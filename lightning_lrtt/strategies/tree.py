@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 from lightning_lrtt import _check
 
@@ -38,8 +39,13 @@ def depth_of(segments: int) -> int:
     for depth in DEPTHS:
         if segments == BASE**depth:
             return depth
-    raise _check.fail("LRTTDDPStrategy", "segments", "12, 144 or 1728", segments,
-                      "the tree adds pairs, quads and thirds of 12, level by level")
+    raise _check.fail(
+        "LRTTDDPStrategy",
+        "segments",
+        "12, 144 or 1728",
+        segments,
+        "the tree adds pairs, quads and thirds of 12, level by level",
+    )
 
 
 @cache
@@ -75,13 +81,18 @@ def owners(segments: int, workers: int) -> tuple[range, ...]:
     depth_of(segments)
     _check.integer("LRTTDDPStrategy", "workers", workers, low=1)
     if workers > segments:
-        raise _check.fail("LRTTDDPStrategy", "devices * num_nodes", f"at most the {segments} segments", workers,
-                          "use fewer workers, or segments=144")
+        raise _check.fail(
+            "LRTTDDPStrategy",
+            "devices * num_nodes",
+            f"at most the {segments} segments",
+            workers,
+            "use fewer workers, or segments=144",
+        )
     share, more = divmod(segments, workers)
     ends = [0]
     for worker in range(workers):
         ends.append(ends[-1] + share + (worker < more))
-    return tuple(range(first, last) for first, last in zip(ends, ends[1:], strict=False))
+    return tuple(range(first, last) for first, last in pairwise(ends))
 
 
 @cache

@@ -130,8 +130,18 @@ def programmed(model: devices.Device, side: int, value: float, seed: int) -> Hel
 def send(held: Held, model: devices.Device, x: Tensor, d: Tensor, seed: int, step: int = 0) -> None:
     """One pulse a sample on every cell: kappa = 1 makes one slot with p_x = p_d = 1."""
     rate = torch.tensor(model.granularity)  # float32, as the kernel divides by it
-    torch.ops.lrtt.pulsed_update_([held.w], [x], [d], [rate], [fresh_state(seed, step)], [fresh_counts()],
-                                  [pack(visible_device=model)], [2], [0], held.cells)
+    torch.ops.lrtt.pulsed_update_(
+        [held.w],
+        [x],
+        [d],
+        [rate],
+        [fresh_state(seed, step)],
+        [fresh_counts()],
+        [pack(visible_device=model)],
+        [2],
+        [0],
+        held.cells,
+    )
 
 
 def steps(model: devices.Device, weights: list[float], seed: int) -> dict[str, list[list[float]]]:
@@ -141,7 +151,9 @@ def steps(model: devices.Device, weights: list[float], seed: int) -> dict[str, l
         for value in weights:
             held = programmed(model, SIDE, value, seed)
             before = held.persistent.double()
-            send(held, model, torch.ones(1, SIDE), torch.full((1, SIDE), sign), seed, len(result["up"] + result["down"]))
+            send(
+                held, model, torch.ones(1, SIDE), torch.full((1, SIDE), sign), seed, len(result["up"] + result["down"])
+            )
             result[direction].append(moments(held.persistent.double() - before))
     return result
 
@@ -247,7 +259,9 @@ def binomial(entry: dict[str, Any], x: list[float], d: list[float]) -> list[list
 def reset(numbers: dict[str, float], probability: float) -> Tensor:
     """`aihwkit_statistics.reset` of ours, all weights."""
     w = torch.full((256, 256), 0.3)
-    torch.ops.lrtt.reset_cells_(w, fresh_state(1), pack(visible_device=devices.LinearStep(**numbers)), C, 0, 256, probability, 0)
+    torch.ops.lrtt.reset_cells_(
+        w, fresh_state(1), pack(visible_device=devices.LinearStep(**numbers)), C, 0, 256, probability, 0
+    )
     return w
 
 
@@ -421,11 +435,17 @@ def report(table: dict[str, Any]) -> str:
     lines += ["", "| other trains | kappa 3.2: mean, variance | kappa 20 | kappa 80 |", "|---|---|---|---|"]
     for name in {name.rpartition("-")[0]: None for name in table["updates"]}:
         found = [compare_updates(table, f"{name}-{load}") for load in table["grid"]["kappas"]]
-        lines.append(f"| {name} | " + " | ".join(f"{_cell(mean)}, {_cell(variance)}" for mean, variance in found) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join(f"{_cell(mean)}, {_cell(variance)}" for mean, variance in found) + " |"
+        )
     row = compare_relaxation(table)[0]
     again = compare_reset(table)[0]
-    lines += ["", f"Decay and diffusion, five steps: KS {_cell(row)}, limit {row.limit:.4f}. Reset with probability "
-              f"{table['grid']['reset_probability']}: KS {_cell(again)}, limit {again.limit:.4f}.", ""]
+    lines += [
+        "",
+        f"Decay and diffusion, five steps: KS {_cell(row)}, limit {row.limit:.4f}. Reset with probability "
+        f"{table['grid']['reset_probability']}: KS {_cell(again)}, limit {again.limit:.4f}.",
+        "",
+    ]
     made = table["made"]
     lines.append(
         f"aihwkit {made['aihwkit']}, torch {made['torch']}, {made['pulses']} pulses for each mean and variance, "

@@ -194,8 +194,9 @@ def make(name: str, quiet: bool = False, seed: int = 1) -> Any:
     return device
 
 
-def tile(device: Any, rows: int, columns: int, bl: int = 1, um: bool = False, ublm: bool = False,
-         **other: Any) -> AnalogTile:
+def tile(
+    device: Any, rows: int, columns: int, bl: int = 1, um: bool = False, ublm: bool = False, **other: Any
+) -> AnalogTile:
     """A tile; by default every update with |x| = |d| = 1 is one pulse: one slot, and lr = 1 makes p_x, p_d > 1."""
     parameters = {"desired_bl": bl, "fixed_bl": True, "update_management": um, "update_bl_management": ublm} | other
     parameters["pulse_type"] = PulseType(parameters.get("pulse_type", "StochasticCompressed"))
@@ -412,7 +413,9 @@ def all_defaults() -> dict[str, Any]:
 def update_defaults() -> dict[str, Any]:
     """UpdateParameters as they come."""
     update = UpdateParameters()
-    return {f.name: getattr(update, f.name) for f in dataclasses.fields(update)} | {"pulse_type": update.pulse_type.value}
+    return {f.name: getattr(update, f.name) for f in dataclasses.fields(update)} | {
+        "pulse_type": update.pulse_type.value
+    }
 
 
 def all_trains() -> dict[str, Any]:
