@@ -53,8 +53,8 @@ class Contents:
         if self.logs != other.logs:
             names = sorted({name for name, _ in set(self.logs) ^ set(other.logs)})
             raise MisconfigurationException(
-                f"LRTTDDPStrategy: training_step must log the same names in every segment, got {', '.join(names)} in some only; "
-                "log them always, or not from training_step"
+                f"LRTTDDPStrategy: training_step must log the same names in every segment, got {', '.join(names)} in "
+                "some only; log them always, or not from training_step"
             )
         if self.operands != other.operands or self.samples != other.samples:
             raise MisconfigurationException(
