@@ -179,8 +179,6 @@ py::dict layout() {
   out["cell_numbers"] = kCellNumbers;
   out["fixed_point"] = kFixedPoint;
   out["block_samples"] = kBlockSamples;
-  out["segment_words"] = kSegmentWords;
-  out["block_segments"] = kBlockSegments;
   out["segment_depth"] = kSegmentDepth;
   out["segment_block"] = kSegmentBlock;
   out["segment_lanes"] = py::make_tuple(kSegmentLanes, kSegmentFinalLanes);
@@ -306,6 +304,11 @@ PYBIND11_MODULE(_C, m) {
     const Segments s = segments(jobs, program, w, scale, stats, redo);
     py::gil_scoped_release unlocked;
     cuda::segment_sum(s.call, scratch(workspace), scratch(stream));
+  });
+  m.def("add_product_cuda", [=](uintptr_t g, uintptr_t z, uintptr_t b, uintptr_t out, int64_t n, int k, int r, float alpha,
+                                bool bfloat, uintptr_t stream) {
+    cuda::add_product({scratch(g), scratch(z), scratch(b), reinterpret_cast<float*>(out), n, k, r, alpha, bfloat},
+                      scratch(stream));
   });
   m.def("draw_cells_cuda", [=](const py::tuple& job, uintptr_t out, uintptr_t stream) {
     cuda::draw_cells(cells_job(job), reinterpret_cast<float*>(out), scratch(stream));

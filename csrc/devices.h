@@ -9,24 +9,28 @@
 namespace lrtt {
 
 // Nodes of a PiecewiseStep.
-#define LRTT_NODES(F, name)                                                                                   \
-  F(name##_0)                                                                                                 \
-  F(name##_1) F(name##_2) F(name##_3) F(name##_4) F(name##_5) F(name##_6) F(name##_7) F(name##_8) F(name##_9) \
-      F(name##_10) F(name##_11) F(name##_12) F(name##_13) F(name##_14) F(name##_15)
+#define LRTT_NODES(F, name)                                                                                     \
+  F(name##_0)                                                                                                   \
+  F(name##_1)                                                                                                   \
+  F(name##_2)                                                                                                   \
+  F(name##_3) F(name##_4) F(name##_5) F(name##_6) F(name##_7) F(name##_8) F(name##_9) F(name##_10) F(name##_11) \
+      F(name##_12) F(name##_13) F(name##_14) F(name##_15)
 
 // Every number of a device model. The Python side fills it by name through layout(), so a field added here needs no
 // second list.
-#define LRTT_DEVICE_FIELDS(F)                                                                                          \
-  F(kind)                                                                                                              \
-  F(granularity) F(dw_min) F(dw_min_dtod) F(dw_min_dtod_log_normal) F(dw_min_std) F(up_down) F(up_down_dtod) F(w_max)  \
-      F(w_min) F(w_max_dtod) F(w_min_dtod) F(enforce_consistency) F(corrupt_devices_prob) F(corrupt_devices_range)     \
-          F(mult_noise) F(gamma_up) F(gamma_down) F(gamma_up_dtod) F(gamma_down_dtod) F(mean_bound_reference)          \
-              F(allow_increasing_slope) F(slope_up_dtod) F(slope_down_dtod) F(reference_mean) F(reference_std)         \
-                  F(subtract_symmetry_point) F(A_up) F(A_down) F(a) F(b) F(pow_gamma) F(pow_gamma_dtod) F(pow_up_down) \
-                      F(pow_up_down_dtod) F(lifetime) F(lifetime_dtod) F(reset) F(reset_dtod) F(reset_std)             \
-                          F(diffusion) F(diffusion_dtod) F(write_noise_std) F(apply_write_noise_on_set) F(pair)        \
-                              F(refresh_every) F(refresh_upper_thres) F(refresh_lower_thres) F(refresh_max_pulses)     \
-                                  F(sections) LRTT_NODES(F, piecewise_up) LRTT_NODES(F, piecewise_down)
+#define LRTT_DEVICE_FIELDS(F)                                                                                         \
+  F(kind)                                                                                                             \
+  F(granularity)                                                                                                      \
+  F(dw_min)                                                                                                           \
+  F(dw_min_dtod) F(dw_min_dtod_log_normal) F(dw_min_std) F(up_down) F(up_down_dtod) F(w_max) F(w_min) F(w_max_dtod)   \
+      F(w_min_dtod) F(enforce_consistency) F(corrupt_devices_prob) F(corrupt_devices_range) F(mult_noise) F(gamma_up) \
+          F(gamma_down) F(gamma_up_dtod) F(gamma_down_dtod) F(mean_bound_reference) F(allow_increasing_slope)         \
+              F(slope_up_dtod) F(slope_down_dtod) F(reference_mean) F(reference_std) F(subtract_symmetry_point)       \
+                  F(A_up) F(A_down) F(a) F(b) F(pow_gamma) F(pow_gamma_dtod) F(pow_up_down) F(pow_up_down_dtod)       \
+                      F(lifetime) F(lifetime_dtod) F(reset) F(reset_dtod) F(reset_std) F(diffusion) F(diffusion_dtod) \
+                          F(write_noise_std) F(apply_write_noise_on_set) F(pair) F(refresh_every)                     \
+                              F(refresh_upper_thres) F(refresh_lower_thres) F(refresh_max_pulses) F(sections)         \
+                                  LRTT_NODES(F, piecewise_up) LRTT_NODES(F, piecewise_down)
 
 struct DeviceParams {
 #define LRTT_FIELD(name) float name;
@@ -106,16 +110,14 @@ LRTT_HD void corrupt(const DeviceParams& p, const Words& n1, Cell& c) {
   c.s_dn = stuck ? 0.0f : c.s_dn;
 }
 
-// A device model is a struct with `derive`, which fills the cell's own numbers, and `delta`, the change of w by one
-// pulse with cycle-to-cycle noise sigma*xi. Clipping to the cell's bounds is common.
+// A device model is a struct with `derive`, which fills the cell's own numbers, and `strength`, the change of w by one
+// pulse with cycle-to-cycle noise sigma*xi, in units of the cell's step s (s_up, or -s_dn). The step itself and
+// clipping to the cell's bounds are common.
 
 // w += s (1 + sigma xi)
 struct ConstantStep {
   LRTT_HD static void derive(const DeviceParams&, const CellId&, Cell&) {}
-  LRTT_HD static float delta(const DeviceParams&, const Cell& c, float, bool up, float noise) {
-    const float s = up ? c.s_up : -c.s_dn;
-    return s * (1.0f + noise);
-  }
+  LRTT_HD static float strength(const DeviceParams&, const Cell&, float, bool, float noise) { return 1.0f + noise; }
 };
 
 // w += s (1 - Gamma w / w_ref)(1 + sigma xi), or with additive noise s (1 - Gamma w / w_ref + sigma xi).
@@ -132,10 +134,9 @@ struct LinearStep {
     c.e0 = ref_up != 0.0f ? up / ref_up : 0.0f;
     c.e1 = ref_dn != 0.0f ? dn / ref_dn : 0.0f;
   }
-  LRTT_HD static float delta(const DeviceParams& p, const Cell& c, float w, bool up, float noise) {
-    const float s = up ? c.s_up : -c.s_dn;
+  LRTT_HD static float strength(const DeviceParams& p, const Cell& c, float w, bool up, float noise) {
     const float slope = fma_(up ? c.e0 : c.e1, -w, 1.0f);
-    return p.mult_noise != 0.0f ? s * slope * (1.0f + noise) : s * (slope + noise);
+    return fma_(fma_(p.mult_noise, slope, 1.0f - p.mult_noise), noise, slope);  // mult_noise is 0 or 1
   }
 };
 
@@ -145,8 +146,8 @@ struct SoftBounds {
     c.e0 = c.b_max != 0.0f ? 1.0f / c.b_max : 0.0f;
     c.e1 = c.b_min != 0.0f ? 1.0f / c.b_min : 0.0f;
   }
-  LRTT_HD static float delta(const DeviceParams& p, const Cell& c, float w, bool up, float noise) {
-    return LinearStep::delta(p, c, w, up, noise);
+  LRTT_HD static float strength(const DeviceParams& p, const Cell& c, float w, bool up, float noise) {
+    return LinearStep::strength(p, c, w, up, noise);
   }
 };
 
@@ -175,8 +176,8 @@ struct SoftBoundsReference {
     const float point = centred ? (c.s_up - c.s_dn) / slopes : 0.0f;
     subtract_reference(fma_(p.reference_std, normal(n2.w[0]), p.reference_mean) + point, c);
   }
-  LRTT_HD static float delta(const DeviceParams& p, const Cell& c, float w, bool up, float noise) {
-    return LinearStep::delta(p, c, w + c.e2, up, noise);
+  LRTT_HD static float strength(const DeviceParams& p, const Cell& c, float w, bool up, float noise) {
+    return LinearStep::strength(p, c, w + c.e2, up, noise);
   }
 };
 
@@ -189,13 +190,12 @@ struct ExpStep {
     c.s_up = range > 0.0f ? c.s_up : 0.0f;
     c.s_dn = range > 0.0f ? c.s_dn : 0.0f;
   }
-  LRTT_HD static float delta(const DeviceParams& p, const Cell& c, float w, bool up, float noise) {
+  LRTT_HD static float strength(const DeviceParams& p, const Cell& c, float w, bool up, float noise) {
     const float z = fma_(c.e0, w, p.b);
     const float power = up ? p.gamma_up * z : -(p.gamma_down * z);
     const float amplitude = up ? p.A_up : p.A_down;
     const float y = max_(1.0f - amplitude * exp_(min_(max_(power, -80.0f), 80.0f)), 0.0f);
-    const float s = up ? c.s_up : -c.s_dn;
-    return y * (1.0f + noise) * s;
+    return y * (1.0f + noise);
   }
 };
 
@@ -212,12 +212,11 @@ struct PowStep {
       c.e1 = abs_(c.e1);
     }
   }
-  LRTT_HD static float delta(const DeviceParams&, const Cell& c, float w, bool up, float noise) {
+  LRTT_HD static float strength(const DeviceParams&, const Cell& c, float w, bool up, float noise) {
     const float range = c.b_max - c.b_min;
     const float room = up ? c.b_max - w : w - c.b_min;
     const float share = range > 0.0f ? room / range : 0.0f;
-    const float s = up ? c.s_up : -c.s_dn;
-    return s * pow_(share, up ? c.e0 : c.e1) * (1.0f + noise);
+    return pow_(share, up ? c.e0 : c.e1) * (1.0f + noise);
   }
 };
 
@@ -227,8 +226,8 @@ struct PowStepReference {
     PowStep::derive(p, id, c);
     subtract_reference(fma_(p.reference_std, normal(id.words(2).w[0]), p.reference_mean), c);
   }
-  LRTT_HD static float delta(const DeviceParams& p, const Cell& c, float w, bool up, float noise) {
-    return PowStep::delta(p, c, w, up, noise);
+  LRTT_HD static float strength(const DeviceParams& p, const Cell& c, float w, bool up, float noise) {
+    return PowStep::strength(p, c, w, up, noise);
   }
 };
 
@@ -238,15 +237,14 @@ struct PiecewiseStep {
     const float range = c.b_max - c.b_min;
     c.e0 = range > 0.0f ? p.sections / range : 0.0f;
   }
-  LRTT_HD static float delta(const DeviceParams& p, const Cell& c, float w, bool up, float noise) {
+  LRTT_HD static float strength(const DeviceParams& p, const Cell& c, float w, bool up, float noise) {
     const float* node = up ? &p.piecewise_up_0 : &p.piecewise_down_0;
     const float place = max_((w - c.b_min) * c.e0, 0.0f);
     const float last = max_(p.sections - 1.0f, 0.0f);
     const int left = int(min_(place, last));
     const float t = min_(place - float(left), 1.0f);
     const float height = fma_(t, node[left + 1] - node[left], node[left]);
-    const float s = up ? c.s_up : -c.s_dn;
-    return s * height * (1.0f + noise);
+    return height * (1.0f + noise);
   }
 };
 
@@ -310,7 +308,7 @@ LRTT_HD float into_bounds(const Cell& c, float w) { return clamp(c, w + 0.0f); }
 // `w` is no negative zero, and so neither is what it becomes.
 template <class Device>
 LRTT_HD float pulse(const DeviceParams& p, const Cell& c, float w, bool up, float noise, float& lost) {
-  const float moved = w + Device::delta(p, c, w, up, noise);
+  const float moved = fma_(up ? c.s_up : -c.s_dn, Device::strength(p, c, w, up, noise), w);
   const float kept = clamp(c, moved);
   lost += abs_(moved - kept);
   return kept;
@@ -440,13 +438,12 @@ LRTT_HD void refresh_cell(const DeviceParams& p, const CellId& id, const Cell& c
   const Cell& cell = on_plus ? c : m;
   float g = on_plus ? plus : minus;
   const float goal = want + (on_plus ? minus : plus);
-  Words r{};
+  PulseNoise random = pulse_noise(id.key, id.cell, 1, step, c3);
   float lost = 0.0f;
   for (uint32_t n = 0; g < goal && float(n) < p.refresh_max_pulses; ++n) {
-    if ((n & 7u) == 0) r = philox(id.key, id.cell, 1 + n / 8, step, c3);
-    const uint32_t bits = noise_bits(word_of(r, n / 2), n);
-    const float level = noise_level(bits & (kNoiseLevels - 1));
-    g = pulse<Device>(p, cell, g, true, p.dw_min_std * from_bits(to_bits(level) ^ ((bits & 0x8000u) << 16)), lost);
+    random.state = advance(random.state, random.increment);
+    const float level = noise_level((random.state >> 19) & (kNoiseLevels - 1));
+    g = pulse<Device>(p, cell, g, true, p.dw_min_std * from_bits(to_bits(level) ^ (random.state & 0x80000000u)), lost);
   }
   plus = on_plus ? g : plus;
   minus = on_plus ? minus : g;

@@ -15,10 +15,12 @@
 
 namespace lrtt {
 
-#define LRTT_IO_FIELDS(F)                                                                                             \
-  F(management)                                                                                                       \
-  F(nm_thres) F(worst_case) F(worst_cap) F(inp_round) F(inp_scale) F(inp_unit) F(inp_limit) F(inp_noise) F(out_round) \
-      F(out_scale) F(out_unit) F(out_limit) F(out_noise) F(w_noise)
+#define LRTT_IO_FIELDS(F)                                                                                            \
+  F(management)                                                                                                      \
+  F(nm_thres)                                                                                                        \
+  F(worst_case)                                                                                                      \
+  F(worst_cap) F(inp_round) F(inp_scale) F(inp_unit) F(inp_limit) F(inp_noise) F(out_round) F(out_scale) F(out_unit) \
+      F(out_limit) F(out_noise) F(w_noise)
 
 // inp_scale = 1 / inp_step, inp_unit = inp_step, inp_limit = inp_bound / inp_step, inp_noise in units of inp_step; a
 // converter that does not round has the step 1. w_noise is in units of inp_step too.

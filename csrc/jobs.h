@@ -5,9 +5,8 @@
 // kBlockSamples consecutive samples are laid end to end and cut into 32-slot words, so that
 // one AND of a word of x bits and a word of d bits finds the coincidences of 32 slots, whether they
 // belong to one sample of 31 slots or to 32 samples of one slot. Each block of samples starts at a fresh
-// word. Within kSegmentWords words a cell sees nothing of the slots but the sequence of directions, and the n-th
-// pulse takes the n-th noise number. Blocks and segments are part of the numbers; chunk sizes and thread counts
-// are not.
+// word. Within a block a cell sees nothing of the slots but the sequence of directions, and the n-th pulse takes the
+// n-th noise number. Blocks are part of the numbers; chunk sizes and thread counts are not.
 //
 // Trains that may exceed 31 slots come in blocks of fewer samples (block_samples), so that a block's stream stays
 // within the words of 512 samples of 31 slots; their bits are drawn in pieces of 32 slots. A counted train (mean_count,
@@ -19,8 +18,6 @@
 namespace lrtt {
 
 constexpr int kBlockSamples = 512;
-constexpr int kSegmentWords = 64;
-constexpr int kBlockSegments = 8;                        // >= 512 * 31 / 32 / 64
 constexpr int kShortSlots = 31;                          // up to here a block has kBlockSamples samples
 constexpr int kMostSlots = kShortSlots * kBlockSamples;  // a block of one sample
 
@@ -29,17 +26,6 @@ LRTT_HD int block_samples(int slots) {
   int samples = kBlockSamples;
   while (samples > 1 && samples * slots > kBlockSamples * kShortSlots) samples /= 2;
   return samples;
-}
-
-// The random counter of a segment's first noise words; a segment has at most 2048 pulses a cell. What c1 cannot hold
-// stands in c3.
-struct SegmentCounter {
-  uint32_t c1, c3;
-};
-
-LRTT_HD SegmentCounter segment_counter(uint32_t block, int word, uint32_t c3) {
-  const uint32_t segment = block * kBlockSegments + uint32_t(word / kSegmentWords);
-  return SegmentCounter{segment << 8, c3 | (segment >> 24)};
 }
 
 constexpr double kFixedPoint = 16777216.0;  // 2^24 units per weight unit
@@ -60,12 +46,14 @@ enum Count {
 };
 
 // tile.hyper, float64 on the host: these fields, then DeviceParams of the fast and the visible array.
-#define LRTT_TILE_FIELDS(F)                                                                                      \
-  F(tau)                                                                                                         \
-  F(transfer_every) F(count_samples) F(transfer_mode) F(reinit) F(reinit_std) F(desired_bl) F(update_management) \
-      F(update_bl_management) F(transfer_bl) F(transfer_update_management) F(transfer_update_bl_management)      \
-          F(max_words) F(pulse_type) F(fixed_bl) F(max_bl) F(x_res) F(d_res) F(sto_round) F(um_grad_scale)       \
-              F(transfer_pulse_type) F(transfer_x_res) F(transfer_d_res) F(transfer_sto_round)
+#define LRTT_TILE_FIELDS(F)                                                                                           \
+  F(tau)                                                                                                              \
+  F(transfer_every)                                                                                                   \
+  F(count_samples)                                                                                                    \
+  F(transfer_mode) F(reinit) F(reinit_std) F(desired_bl) F(update_management) F(update_bl_management) F(transfer_bl)  \
+      F(transfer_update_management) F(transfer_update_bl_management) F(max_words) F(pulse_type) F(fixed_bl) F(max_bl) \
+          F(x_res) F(d_res) F(sto_round) F(um_grad_scale) F(transfer_pulse_type) F(transfer_x_res) F(transfer_d_res)  \
+              F(transfer_sto_round)
 
 struct TileParams {
 #define LRTT_FIELD(name) double name;

@@ -5,7 +5,7 @@
 // explicit fma), built with -ffp-contract=off and --fmad=false, without libm. So a CPU and a GPU
 // that are given the same operands produce the same bits.
 //
-// RANDOM NUMBERS are a pure function of a key and a counter (Philox-4x32-10, Salmon et al. 2011,
+// RANDOM NUMBERS are a pure function of a key and a counter (Philox-4x32-7, Salmon et al. 2011,
 // "Parallel random numbers: as easy as 1, 2, 3"); there is no generator state to advance. The key is
 // the tile's 64-bit key. The counter is laid out as follows:
 //
@@ -13,18 +13,17 @@
 //   kDraw              cell                  block of 4 words          0       purpose|array|0
 //   kReinit            element / 4           0                         cycle   purpose|array|0
 //   kBitX, kBitD       element / 4           sample * 64 + bit plane   step    purpose|array|piece
-//   kNoise             cell                  segment * 256 + pulse / 8 step    purpose|array|0
+//   kNoise             cell                  block of samples          step    purpose|array|0
 //   kDiffusion         cell / 4              0                         step    purpose|array|0
 //   kWriteNoise        cell / 4              block of samples, 0       step    purpose|array|event
 //   kReset             cell                  number of the reset       step    purpose|array|0
-//   kReset             cell                  0, then 1 + pulse / 8     step    purpose|array|1 (refresh)
+//   kReset             cell                  0; 1: PulseNoise          step    purpose|array|1 (refresh)
 //   kRound             element / 4           sample * 64 + side        step    purpose|array|0
 //   kRead              read_group(element)   sample                    ticket  purpose|array|round * 8 + stage
 //
 // `cell` = row * columns + column of the array; `element` indexes one side of an outer product; word
-// k of the four belongs to element 4*(element/4)+k, and likewise to a cell; of kNoise, its halves (low first) to pulses
-// 2k and 2k+1 of a group of eight. `step` counts optimizer steps, `cycle` reinits; `segment` is a piece of the pulse
-// stream (jobs.h) and `pulse` counts the pulses of that cell in it; its bits above 24 stand in c3 in place of a 0.
+// k of the four belongs to element 4*(element/4)+k, and likewise to a cell; of kNoise, words 0 and 1 start the noise of
+// the cell's pulses in that block (PulseNoise). `step` counts optimizer steps, `cycle` reinits.
 // `piece` is the 32-slot piece of one sample's train, `side` is 0 for x and 1 for d. `event` is a WriteEvent
 // (devices.h); that of a reinit has the cycle instead of the step. The second cell of a pair belongs to array + kMinus.
 // kRead is explained in io.h: `ticket` numbers the reads of a tile, `round` those of one read that bound management
@@ -114,7 +113,11 @@ LRTT_HD int popcount_(uint32_t v) {
 #endif
 }
 
-// ------------------------------------------------------------------ Philox-4x32-10
+// ------------------------------------------------------------------ Philox-4x32-7
+
+// The fewest rounds that pass all of TestU01 (Salmon et al. 2011, table 2); their default of 10 is a margin that a
+// pulse would pay for with a third of its random numbers' cost.
+constexpr int kRounds = 7;
 
 struct Words {
   uint32_t w[4];
@@ -137,9 +140,9 @@ LRTT_HD Words philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32
 #ifdef __CUDACC__
 #  pragma unroll
 #else
-#  pragma GCC unroll 10
+#  pragma GCC unroll 7
 #endif
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kRounds; ++round) {
     uint32_t h0, l0, h1, l1;
     product(0xD2511F53u, c0, h0, l0);
     product(0xCD9E8D57u, c2, h1, l1);
@@ -238,18 +241,32 @@ LRTT_HD float uniform(uint32_t word) { return float(int32_t(word >> 8)) * 5.9604
 
 // ------------------------------------------------------------------ cycle-to-cycle noise
 
-// Noise of one pulse from 16 bits: a sign and one of 4096 equally likely magnitudes of a normal, the middles of its
+// Noise of one pulse from 13 bits: a sign and one of 4096 equally likely magnitudes of a normal, the middles of its
 // strata scaled to unit variance. 8192 levels, |z| <= 3.84, kurtosis 2.995, distribution within 1.3e-4 of the normal's;
 // a full normal for each of billions of pulses would cost more than all the rest of the simulation.
 constexpr int kNoiseLevels = 4096;
 
 LRTT_HD float noise_level(uint32_t i) { return 1.0000805f * normal((i << 19) | (1u << 18)); }
 
-// The 16 bits of pulse n of a segment, from word (n / 2) % 4 of block n / 8 of its noise words.
-LRTT_HD uint32_t noise_bits(uint32_t word, uint32_t n) { return (n & 1u) ? word >> 16 : word & 0xffffu; }
+// Noise of the pulses that one cell gets in one block of samples, in their order: a linear congruential generator
+// modulo 2^32 (multiplier of Steele & Vigna 2021, "Computationally easy, spectrally good multipliers"), whose start and
+// increment are Philox words of the cell. Its upper 13 bits are a sign and a level. A block has at most 15872 pulses a
+// cell, far below the period of the lowest bit used (2^20); a Philox call for every few pulses would cost a quarter of
+// an update.
+struct PulseNoise {
+  uint32_t state, increment;
+};
 
-LRTT_HD float noise(const float* levels, uint32_t bits) {
-  return from_bits(to_bits(levels[bits & (kNoiseLevels - 1)]) ^ ((bits & 0x8000u) << 16));
+LRTT_HD PulseNoise pulse_noise(uint64_t key, uint32_t cell, uint32_t block, uint32_t step, uint32_t c3) {
+  const Words r = philox(key, cell, block, step, c3);
+  return PulseNoise{r.w[0], r.w[1] | 1u};
+}
+
+// The state of the next pulse: bit 31 is its sign, bits 19 to 30 its level.
+LRTT_HD uint32_t advance(uint32_t state, uint32_t increment) { return state * 0xadb4a92du + increment; }
+
+LRTT_HD float noise(const float* levels, uint32_t state) {
+  return from_bits(to_bits(levels[(state >> 19) & (kNoiseLevels - 1)]) ^ (state & 0x80000000u));
 }
 
 // ------------------------------------------------------------------ probabilities on a grid
@@ -273,15 +290,13 @@ LRTT_HD float on_grid(float p, float res, bool random, uint32_t word) {
 
 // ------------------------------------------------------------------ Bernoulli words
 
-// A probability as a 32-bit threshold: a word u fires where u < threshold; p >= 1 always fires.
-struct Threshold {
-  uint32_t bits;
-  uint32_t always;  // all ones or 0
-};
-
-LRTT_HD Threshold threshold(float p) {
-  const bool one = !(p < 1.0f);
-  return Threshold{one ? 0u : uint32_t(p * 4294967296.0f), one ? 0xffffffffu : 0u};
+// A probability as a 32-bit threshold: a word u fires where u < threshold. p >= 1 fires but for one word of 2^32.
+LRTT_HD uint32_t threshold(float p) {
+#ifdef __CUDA_ARCH__
+  return __float2uint_rz(p * 4294967296.0f);  // saturates
+#else
+  return p < 1.0f ? uint32_t(p * 4294967296.0f) : 0xffffffffu;
+#endif
 }
 
 // Up to kDirectSlots slots take one 32-bit uniform each; longer trains are sampled bit-sliced: lane j

@@ -238,7 +238,7 @@ def test_reference_at_the_symmetry_point():
     send(up, device, UP)
     send(down, device, DOWN)
     assert float((up.double() + down.double()).abs().max()) <= 2 * 5 * 2.0**-24
-    assert float(up.min()) > 0.001
+    assert float(up.median()) > 0.001
 
 
 @pytest.mark.parametrize("direction", [UP, DOWN], ids=["up", "down"])

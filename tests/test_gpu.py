@@ -224,18 +224,6 @@ def test_rounds_of_jobs_of_different_length(case, columns):
     assert_same(results, ("short", "long"))
 
 
-def test_too_many_blocks_are_refused():
-    """Blocks of one sample (the longest trains): their numbers would not fit the noise counter of the CUDA kernels."""
-    hyper = LRTTConfig(
-        rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds(), pulse=PulseConfig(desired_bl=15872)
-    ).pack(1)
-    state, counts = (t.cuda() for t in state_and_counts())
-    w, x, d, eta = (torch.ones(shape, device="cuda") for shape in ((1, 1), (2, 1), (2, 1), ()))
-    with pytest.raises(ValueError, match="at most 2097152 in one step"):
-        torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [0], [2**21])
-    torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [0], [2**21 - 512])
-
-
 def test_pulsed_update_bits_nonfinite_and_negative_rate():
     """Samples with NaN or infinity are skipped and counted alike; a negative rate flips the direction alike."""
     config = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=devices.SoftBounds())
@@ -583,3 +571,19 @@ def test_strategy_uses_the_gpu():
         trainer.fit(model)
         (tile,) = find_tiles(model).values()
         assert tile.counts()["pulses_a"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("n", "k", "r"), [(33, 260, 3), (70, 1028, 16), (5, 4, 8), (64, 132, 17), (40, 64, 32), (9, 63, 4)]
+)
+def test_add_product(dtype, n, k, r):
+    """In float64 from the same halves; r + 1 roundings of sums no larger than the sum of magnitudes, half an ulp each."""
+    generator = torch.Generator().manual_seed(n)
+    g, z, b = (torch.randn(shape, generator=generator).to(dtype) for shape in ((n, k), (n, r), (r, k)))
+    out = torch.ops.lrtt.add_product(g.cuda(), z.cuda(), b.cuda(), 0.7)
+    exact = g.double() + 0.7 * z.double() @ b.double()
+    scale = g.double().abs() + 0.7 * z.double().abs() @ b.double().abs()
+    assert out.dtype == torch.float32
+    # alpha itself is a float32, and alpha z is rounded once: two more ulps.
+    assert bool(((out.cpu().double() - exact).abs() <= (r + 3) * 2.0**-24 * scale).all())

@@ -63,16 +63,14 @@ LRTT_HD void generate_bits(const Operand& v, int64_t elements, int64_t e0, bool 
     const float* row = static_cast<const float*>(v.p) + int64_t(plan.row[s]) * v.ss + e0 * v.es;
     float value[kChunk] = {};
     for (int e = 0; e < width; ++e) value[e] = row[e * v.es];
-    Lanes bits, always, sign, fired, random;
+    Lanes bits, sign, fired, random;
     if (any) rounding_lanes(pulse, plan, s, is_x, e0, key, step, array, random);
     for (int k = 0; k < 4; ++k) {
       for (int l = 0; l < kLanes; ++l) {
         const float f = value[4 * l + k];
         float chance = abs_(f) * scale;
         if (any) chance = on_grid(chance, is_x ? pulse.x_res : pulse.d_res, pulse.sto_round != 0, random[k][l]);
-        const Threshold p = threshold(chance);
-        bits[k][l] = p.bits;
-        always[k][l] = p.always;
+        bits[k][l] = threshold(chance);
         sign[k][l] = 0u - (to_bits(f) >> 31);
         fired[k][l] = 0;
       }
@@ -111,7 +109,7 @@ LRTT_HD void generate_bits(const Operand& v, int64_t elements, int64_t e0, bool 
       uint32_t* b0 = out.bits + word * out.ld + e0;
       uint32_t* n0 = out.neg + word * out.ld + e0;
       for (int e = 0; e < width; ++e) {
-        const uint32_t f = (fired[e & 3][e >> 2] | always[e & 3][e >> 2]) & slots;
+        const uint32_t f = fired[e & 3][e >> 2];
         const uint32_t g = f & sign[e & 3][e >> 2];
         b0[e] |= f << shift;
         n0[e] |= g << shift;
@@ -140,6 +138,9 @@ LRTT_HD uint32_t extract(uint32_t from, uint32_t mask) {
 #endif
 }
 
+// Words whose pulses are queued before they are applied.
+constexpr int kSegmentWords = 64;
+
 // The pulses of a lane group in one segment: how many a cell gets, and their directions in order.
 struct Directions {
   uint32_t count[kLanes];
@@ -154,31 +155,29 @@ struct NoiseTable {
 };
 const NoiseTable noise_table;
 
+struct NoiseLanes {  // PulseNoise of each lane
+  uint32_t state[kLanes], increment[kLanes];
+};
+
 // Everything after the bits: lanes of one `other` index.
 template <class Device, int how, int planes>
 LRTT_HD void step_lanes(const DeviceParams& p, const CellLanes (&c)[planes], const Directions& queue,
-                        const uint32_t* cell, uint64_t key, uint32_t c1, uint32_t step, uint32_t c3,
-                        float (&w)[planes][kLanes], float* cut) {
+                        NoiseLanes& random, float (&w)[planes][kLanes], float* cut) {
   const bool noisy = p.dw_min_std > 0.0f;
   uint32_t most = 0;
   for (int l = 0; l < kLanes; ++l) most = queue.count[l] > most ? queue.count[l] : most;
-  float xi[8][kLanes] = {};
+  float xi[kLanes] = {};
   for (uint32_t n = 0; n < most; ++n) {
-    if (noisy && (n & 7) == 0) {
-      Lanes random;
+    if (noisy) {
       for (int l = 0; l < kLanes; ++l) {
-        const Words r = philox(key, cell[l], c1 + n / 8, step, c3);
-        random[0][l] = r.w[0];
-        random[1][l] = r.w[1];
-        random[2][l] = r.w[2];
-        random[3][l] = r.w[3];
+        const uint32_t next = advance(random.state[l], random.increment[l]);
+        random.state[l] = n < queue.count[l] ? next : random.state[l];
       }
-      for (int k = 0; k < 8; ++k)
-        for (int l = 0; l < kLanes; ++l) xi[k][l] = noise(noise_table.level, noise_bits(random[k / 2][l], uint32_t(k)));
+      for (int l = 0; l < kLanes; ++l) xi[l] = noise(noise_table.level, random.state[l]);
     }
     const uint32_t* up = queue.up[n / 32];
     for (int l = 0; l < kLanes; ++l) {
-      const float shake = p.dw_min_std * xi[n & 7][l];
+      const float shake = p.dw_min_std * xi[l];
       const bool upwards = ((up[l] >> (n & 31)) & 1u) != 0;
       const int plane = how == kPair && !upwards ? planes - 1 : 0;  // of a pair, the cell that takes the pulse, upwards
       const CellLanes& k = c[plane];
@@ -249,6 +248,13 @@ LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, i
   Directions queue{};
   const bool counted = form_of(job.pulse) == kCounted;
   const uint32_t number = uint32_t(plan.first_sample / block_samples(job.pulse));  // of this block
+  NoiseLanes random{};
+  if (p.dw_min_std > 0.0f && plan.words > 0)
+    for (int l = 0; l < kLanes; ++l) {
+      const PulseNoise start = pulse_noise(key, cell[l], number, step, c3);
+      random.state[l] = start.state;
+      random.increment[l] = start.increment;
+    }
   int sample = 0;
   for (int begin = 0; begin < plan.words; begin += kSegmentWords) {
     const int end = plan.words - begin < kSegmentWords ? plan.words : begin + kSegmentWords;
@@ -280,8 +286,7 @@ LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, i
       queue.up[queue.count[l] / 32][l] = uint32_t(held[l]);
       if (how != kPlain) touched[l] |= queue.count[l];
     }
-    const SegmentCounter at = segment_counter(number, begin, c3);
-    step_lanes<Device, how>(p, c, queue, cell, key, at.c1, step, at.c3, w, cut);
+    step_lanes<Device, how>(p, c, queue, random, w, cut);
   }
   for (int l = 0; l < width; ++l) {
     const int64_t i = first + l * stride;

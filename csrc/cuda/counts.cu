@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kWordThreads)
   }
 }
 
-// Cells as in apply_pulses. A cell's n pulses take the first n slots of a sample, which name their noise.
+// Cells as in apply_pulses; each counts its pulses of a sample from the values of both sides.
 template <class Device, int how>
 __device__ void run_counts(const DevicePulse& p, int tile_block, int round, const float* levels) {
   const PulseJob& job = p.job;
@@ -94,10 +94,8 @@ __device__ void run_counts(const DevicePulse& p, int tile_block, int round, cons
       const Planned* trains = p.trains + first;
       const int64_t counted = pulses;
       float cut = 0.0f;  // rounded once a block, as on the CPU
-      int segment = -1;
-      uint32_t n = 0;  // pulses in this segment
-      uint32_t c1 = 0;
-      Words random{};
+      PulseNoise random{};
+      if (noisy) random = pulse_noise(key, index, p.first_block + uint32_t(block), step, c3);
       for (int s = 0; s < many_samples; ++s) {
         const int bl = trains[s].bl;
         if (bl == 0) continue;
@@ -105,24 +103,17 @@ __device__ void run_counts(const DevicePulse& p, int tile_block, int round, cons
         const uint32_t d = p.d_bits[int64_t(p.place[block] + s) * job.m + row];
         const int many = counted_pulses(job.pulse.type, abs_(from_bits(x)), abs_(from_bits(d)), bl);
         const bool up = ((x ^ d) >> 31) != uint32_t(flip);  // x*d negative: an up pulse
-        for (int slot = trains[s].first, end = slot + many; slot < end; ++slot) {
-          if (slot / (32 * kSegmentWords) != segment) {
-            segment = slot / (32 * kSegmentWords);
-            c1 = segment_counter(p.first_block + uint32_t(block), segment * kSegmentWords, 0).c1;
-            n = 0;
-          }
+        for (int pulse_number = 0; pulse_number < many; ++pulse_number) {
           float xi = 0.0f;
           if (noisy) {
-            if ((n & 7) == 0) random = philox(key, index, c1 + n / 8, step, c3);
-            const uint32_t low = (n & 2) ? random.w[1] : random.w[0], high = (n & 2) ? random.w[3] : random.w[2];
-            xi = noise(levels, noise_bits((n & 4) ? high : low, n));
+            random.state = advance(random.state, random.increment);
+            xi = noise(levels, random.state);
           }
           if (how == kPair && !up) {  // the cells of a pair take pulses upwards only
             minus = pulse<Device>(device, minus_cell, minus, true, xi, cut);
           } else {
             w = pulse<Device>(device, cell, w, up, xi, cut);
           }
-          ++n;
         }
         pulses += many;
       }

@@ -33,6 +33,19 @@ void read_input(const InputJob& job, Stream stream);
 void read_output(const OutputJob& job, Stream stream);
 void read_product(const ProductJob& job, Stream stream);
 
+// out[n, k] = g[n, k] + alpha z[n, r] b[r, k]: half-precision operands (bfloat16 or float16), contiguous and aligned to 16
+// bytes, k a multiple of 4, r at most 32; out is float32.
+struct SumJob {
+  const void *g, *z, *b;
+  float* out;
+  int64_t n;
+  int k, r;
+  float alpha;
+  int bfloat;
+};
+
+void add_product(const SumJob& job, Stream stream);
+
 int runtime_version();
 int driver_version();
 

@@ -89,35 +89,89 @@ struct Side {
         job(j) {}
 };
 
+// An integer operation on a GPU goes through a pipe of half the width of that of multiplications, and these kernels are
+// made of integer operations: what can be a multiplication is written as one, in PTX where the compiler would turn it
+// back.
+__device__ __forceinline__ void add_where_below(uint32_t& sum, uint32_t term, uint32_t a, uint32_t b) {
+  asm("{\n  .reg .pred q;\n  setp.lt.u32 q, %2, %3;\n  @q mad.lo.u32 %0, %1, 1, %0;\n}"
+      : "+r"(sum)
+      : "r"(term), "r"(a), "r"(b));
+}
+
+__device__ __forceinline__ void add_product_of(uint32_t& sum, uint32_t a, uint32_t b) {
+  asm("mad.lo.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
+}
+
+__device__ __forceinline__ uint32_t plus(uint32_t a, uint32_t b) {
+  asm("mad.lo.u32 %0, %0, 1, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
+
+// The uppermost bit in all places.
+__device__ __forceinline__ uint32_t spread_sign(uint32_t v) {
+  uint32_t all;
+  asm("mul.hi.s32 %0, %1, 1;" : "=r"(all) : "r"(v));
+  return all;
+}
+
+__device__ __forceinline__ uint32_t upper_bit(uint32_t v) {
+  uint32_t bit;
+  asm("mul.hi.u32 %0, %1, 2;" : "=r"(bit) : "r"(v));
+  return bit;
+}
+
+// Trains of up to kDirectSlots slots, one uniform each: those of the slots shift, shift + 1, ... that the word has.
+__device__ __forceinline__ void fire_directly(const Side& side, const uint32_t (&element)[4], float scale, int bl,
+                                              int shift, int group, uint32_t sample, uint32_t (&bits)[4],
+                                              uint32_t (&neg)[4]) {
+  uint32_t limit[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) limit[k] = threshold(fabsf(from_bits(element[k])) * scale);
+  uint32_t sign[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) sign[k] = upper_bit(element[k]);
+#pragma unroll 1
+  for (int slot = 0; slot < bl; ++slot) {
+    const uint32_t place = uint32_t(shift + slot);
+    if (place >= 32) continue;
+    const Words r = philox(side.key, uint32_t(group), sample * 64u + uint32_t(slot), side.step, side.c3);
+    const uint32_t mask = 1u << place;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      add_where_below(bits[k], mask, r.w[k], limit[k]);
+      add_product_of(neg[k], mask, sign[k]);  // where nothing fires the sign is not looked at
+    }
+  }
+}
+
 // The slots in which the four elements of a group fire for one sample. `any` (Form kAnyBits): the 32 slots from 32 *
 // piece on, of probabilities on a grid.
 template <bool any>
-__device__ __forceinline__ void fire(const Side& side, const uint4& raw, const Planned& t, int group, uint32_t sample,
-                                     int piece, uint32_t (&fired)[4]) {
-  const float scale = side.is_x ? t.sx : t.sd;
-  const uint32_t value[4] = {raw.x, raw.y, raw.z, raw.w}, c1 = sample * 64u;
+__device__ __forceinline__ void fire(const Side& side, const uint32_t (&element)[4], float scale, int train, int group,
+                                     uint32_t sample, int piece, uint32_t (&fired)[4]) {
+  const uint32_t c1 = sample * 64u;
   Words grid{};
   if (any && side.job.pulse.sto_round)
     grid = philox(side.key, uint32_t(group), c1 + (side.is_x ? 0u : 1u), side.step,
                   counter3(kRound, uint32_t(side.job.array), 0));
-  Threshold limit[4];
+  uint32_t limit[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    float chance = abs_(from_bits(value[k])) * scale;
+    float chance = abs_(from_bits(element[k])) * scale;
     if (any)
       chance = on_grid(chance, side.is_x ? side.job.pulse.x_res : side.job.pulse.d_res, side.job.pulse.sto_round != 0,
                        grid.w[k]);
     limit[k] = threshold(chance);
     fired[k] = 0;
   }
-  const int bl = any ? min(t.bl - 32 * piece, 32) : t.bl;
+  const int bl = any ? min(train - 32 * piece, 32) : train;
   const uint32_t slots = 0xffffffffu >> (32 - bl), c3 = any ? side.c3 + uint32_t(piece) : side.c3;
-  if (bl <= kDirectSlots) {
+  if (any && bl <= kDirectSlots) {
 #pragma unroll 1
     for (int slot = 0; slot < bl; ++slot) {
       const Words r = philox(side.key, uint32_t(group), c1 + uint32_t(slot), side.step, c3);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) fired[k] |= (r.w[k] < limit[k].bits ? 1u : 0u) << slot;
+      for (int k = 0; k < 4; ++k) fired[k] |= (r.w[k] < limit[k] ? 1u : 0u) << slot;
     }
   } else {
     uint32_t undecided[4] = {slots, slots, slots, slots};
@@ -126,37 +180,24 @@ __device__ __forceinline__ void fire(const Side& side, const uint4& raw, const P
       const Words r = philox(side.key, uint32_t(group), c1 + plane, side.step, c3);
       uint32_t open = 0;
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        bernoulli_plane(plane, r.w[k], limit[k].bits, undecided[k], fired[k]);
+      for (int k = 0; k < 4; ++k) {  // bernoulli_plane
+        const uint32_t p = spread_sign(limit[k]);
+        fired[k] = plus(fired[k], undecided[k] & p & ~r.w[k]);
+        undecided[k] &= ~(p ^ r.w[k]);
+        limit[k] *= 2;  // the next bit
         open |= undecided[k];
       }
       if (open == 0) break;
     }
   }
-#pragma unroll
-  for (int k = 0; k < 4; ++k) fired[k] = (fired[k] | limit[k].always) & slots;
-}
-
-// The first sample that ends after slot `low`.
-__device__ __forceinline__ int first_reaching(const BlockView& block, int low) {
-  int begin = 0;
-  for (int end = block.samples; begin < end;) {
-    const int middle = (begin + end) / 2;
-    const Planned t = block.trains[middle];
-    if (t.first + t.bl > low) {
-      end = middle;
-    } else {
-      begin = middle + 1;
-    }
-  }
-  return begin;
 }
 
 constexpr int kParts = 2;                 // threads that share the samples of a word
+constexpr int kAhead = 2;                 // samples whose operands a thread loads at once
 constexpr int kWarpGroups = 32 / kParts;  // groups of four elements of a warp's task
 
-__host__ __device__ __forceinline__ int64_t chunks_of(int64_t elements) {
-  return (groups_of(elements) + kWarpGroups - 1) / kWarpGroups;
+__host__ __device__ __forceinline__ uint32_t chunks_of(int64_t elements) {
+  return uint32_t((groups_of(elements) + kWarpGroups - 1) / kWarpGroups);
 }
 
 __device__ __forceinline__ uint32_t or_parts(uint32_t v) {
@@ -166,49 +207,58 @@ __device__ __forceinline__ uint32_t or_parts(uint32_t v) {
 }
 
 // Word `word` of a block's stream, for kWarpGroups groups of one side, by a warp: thread (part, group) takes every
-// kParts-th sample.
+// kParts-th sample from `first` on, which has the word's first slot.
 template <Access kind, bool any>
 __device__ __forceinline__ void make_word(const Operand& v, int elements, const BlockView& samples, const Side& side,
-                                          int word, int chunk, uint32_t* to_bits_, uint32_t* to_neg) {
+                                          int word, int first, int chunk, uint32_t* to_bits_, uint32_t* to_neg) {
   const int lane = int(threadIdx.x % 32), part = lane / kWarpGroups, group = chunk * kWarpGroups + lane % kWarpGroups;
-  const int low = word * 32, last = 4 * group < elements ? samples.samples : 0;
+  const int low = word * 32;
+  const bool inside = 4 * group < elements;
   const Reader<kind> reader(v, elements, group, samples);
   uint32_t bits[4] = {}, neg[4] = {};
-  int s = first_reaching(samples, low) + part;
-  Planned next{0, 0.0f, 0.0f, low + 32};
-  uint4 ahead{};
-  if (s < last) {
-    next = samples.trains[s];
-    ahead = reader.read(s);
-  }
-  while (next.first < low + 32) {
-    const Planned t = next;
-    const uint4 raw = ahead;
-    const uint32_t sample = uint32_t(samples.first_sample) + uint32_t(s);
-    s += kParts;
-    next.first = low + 32;
-    if (s < last) {  // under way while this sample is worked on
-      next = samples.trains[s];
-      ahead = reader.read(s);
-    }
-    if (t.bl == 0) continue;
-    const uint4 value = Reader<kind>::decode(raw);
-    const uint32_t element[4] = {value.x, value.y, value.z, value.w};
-    int shift = t.first - low,
-        piece = any && shift < 0 ? -shift / 32 : 0;  // pieces that end before the word are passed over
-    if (any) shift += 32 * piece;
-    do {
-      uint32_t fired[4];
-      fire<any>(side, value, t, group, sample, piece, fired);
+  for (int many = 32; many == 32; first += 32) {  // 32 trains at a time, one a lane
+    Planned mine{0, 0.0f, 0.0f, low + 32};
+    if (first + lane < samples.samples) mine = samples.trains[first + lane];
+    many = __popc(__ballot_sync(0xffffffffu, mine.first < low + 32));
+    const float my_scale = side.is_x ? mine.sx : mine.sd;
+    const uint32_t my_slots = uint32_t(mine.bl) << 16 | uint32_t(mine.first);
+#pragma unroll 1
+    for (int i = part; i - part < many; i += kParts * kAhead) {
+      uint4 raw[kAhead];
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint32_t f = shift >= 0 ? fired[k] << shift : fired[k] >> -shift;
-        bits[k] |= f;
-        neg[k] |= f & (0u - (element[k] >> 31));
+      for (int u = 0; u < kAhead; ++u)
+        if (i + u * kParts < many && inside) raw[u] = reader.read(first + i + u * kParts);
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int at = i + u * kParts;
+        const float scale = __shfl_sync(0xffffffffu, my_scale, at);
+        const uint32_t slots = __shfl_sync(0xffffffffu, my_slots, at);
+        const int bl = int(slots >> 16);
+        if (at >= many || !inside || bl == 0) continue;
+        const uint4 value = Reader<kind>::decode(raw[u]);
+        const uint32_t element[4] = {value.x, value.y, value.z, value.w};
+        const uint32_t sample = uint32_t(samples.first_sample) + uint32_t(first + at);
+        int shift = int(slots & 0xffffu) - low;
+        if (!any && bl <= kDirectSlots) {
+          fire_directly(side, element, scale, bl, shift, group, sample, bits, neg);
+          continue;
+        }
+        int piece = any && shift < 0 ? -shift / 32 : 0;  // pieces that end before the word are passed over
+        if (any) shift += 32 * piece;
+        do {
+          uint32_t fired[4];
+          fire<any>(side, element, scale, bl, group, sample, piece, fired);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const uint32_t f = shift >= 0 ? fired[k] << shift : fired[k] >> -shift;
+            bits[k] |= f;
+            neg[k] |= f & (0u - (element[k] >> 31));
+          }
+          ++piece;
+          shift += 32;
+        } while (any && 32 * piece < bl && shift < 32);
       }
-      ++piece;
-      shift += 32;
-    } while (any && 32 * piece < t.bl && shift < 32);
+    }
   }
   __syncwarp();
 #pragma unroll
@@ -224,10 +274,10 @@ __device__ __forceinline__ void make_word(const Operand& v, int elements, const 
 
 // A warp's task in a round: the stream row and the groups that its number names.
 template <bool any>
-__device__ __forceinline__ void make_words(const DevicePulse& p, int64_t task, int round) {
-  const int x_chunks = int(chunks_of(p.job.n)), chunks = x_chunks + int(chunks_of(p.job.m));
+__device__ __forceinline__ void make_words(const DevicePulse& p, uint32_t task, int round) {
+  const uint32_t x_chunks = chunks_of(p.job.n), chunks = x_chunks + chunks_of(p.job.m);
   const int row = int(task / chunks), block = block_of_row(p, round, row);
-  int chunk = int(task - int64_t(row) * chunks);
+  uint32_t chunk = task % chunks;
   const int word = row - p.place[block];
   if (word >= p.words[block]) return;
   const bool is_x = chunk < x_chunks;
@@ -236,17 +286,18 @@ __device__ __forceinline__ void make_words(const DevicePulse& p, int64_t task, i
   const BlockView samples = view(p, block, any ? p.samples : kBlockSamples);
   const Operand& v = is_x ? p.job.x : p.job.d;
   const Side side(p.job, is_x);
+  const int first = p.starts[int64_t(block) * p.block_words + word];
   uint32_t* bits = (is_x ? p.x_bits : p.d_bits) + int64_t(row) * elements;
   uint32_t* neg = (is_x ? p.x_neg : p.d_neg) + int64_t(row) * elements;
   switch (access(v, elements, samples.rows)) {
     case kVectorFloat:
-      make_word<kVectorFloat, any>(v, elements, samples, side, word, chunk, bits, neg);
+      make_word<kVectorFloat, any>(v, elements, samples, side, word, first, chunk, bits, neg);
       break;
     case kVectorBFloat16:
-      make_word<kVectorBFloat16, any>(v, elements, samples, side, word, chunk, bits, neg);
+      make_word<kVectorBFloat16, any>(v, elements, samples, side, word, first, chunk, bits, neg);
       break;
     case kScattered:
-      make_word<kScattered, any>(v, elements, samples, side, word, chunk, bits, neg);
+      make_word<kScattered, any>(v, elements, samples, side, word, first, chunk, bits, neg);
       break;
   }
 }
@@ -255,13 +306,14 @@ __device__ __forceinline__ void make_words(const DevicePulse& p, int64_t task, i
 __device__ __forceinline__ int64_t task_blocks(const DevicePulse& p, int round) {
   const int begin = p.begin[round], end = p.begin[round + 1];
   if (begin >= end) return 0;
-  const int64_t tasks = (chunks_of(p.job.n) + chunks_of(p.job.m)) * int64_t(p.place[end - 1] + p.words[end - 1]);
+  // Below 2^32: the streams of a round fit kStreamBytes.
+  const uint32_t tasks = (chunks_of(p.job.n) + chunks_of(p.job.m)) * uint32_t(p.place[end - 1] + p.words[end - 1]);
   return (tasks + kWordThreads / 32 - 1) / (kWordThreads / 32);
 }
 
 // Resident blocks run through the tasks of all jobs: a launch that finds nothing to do must cost next to nothing.
 template <bool any>
-__global__ void __launch_bounds__(kWordThreads, any ? 4 : 6)
+__global__ void __launch_bounds__(kWordThreads, any ? 4 : 5)
     make_streams(const DevicePulse* table, int count, int round, Predicate predicate) {
   if (predicate.jobs && !any_fires(predicate, count)) return;
   int64_t b = blockIdx.x;  // counted from the first task of the present job
@@ -269,32 +321,106 @@ __global__ void __launch_bounds__(kWordThreads, any ? 4 : 6)
     const DevicePulse& p = table[i];
     if (predicate.jobs && !fires(predicate.jobs[i], predicate.force)) continue;
     const int64_t blocks = task_blocks(p, round);
-    for (; b < blocks; b += gridDim.x) make_words<any>(p, b * (kWordThreads / 32) + threadIdx.x / 32, round);
+    for (; b < blocks; b += gridDim.x) make_words<any>(p, uint32_t(b) * (kWordThreads / 32) + threadIdx.x / 32, round);
     b -= blocks;
   }
 }
 
-// What the cells of one thread block read: a segment of both sides' streams (x the bits, y the signs), and the noise
-// levels times sigma.
-struct Shared {
-  uint2 longer[kSegmentWords][kLongLanes];
-  uint2 shorter[kShortRows]
-               [kSegmentWords];  // a row's words lie side by side: lanes at different words meet different banks
-  float levels[kNoiseLevels];
+// What the cells of one thread block read: a segment of both sides' streams, and the noise levels times sigma, the
+// negative ones behind the positive. Words lie along a row, so that four of them are one load; rows are four words
+// longer than a segment, so that the loads of eight rows meet all banks.
+constexpr int kSegmentWords = 96;  // so that warps with fewer pulses seldom wait for the others
+constexpr int kRowWords = kSegmentWords + 4;
+
+template <int rows>
+struct Segment {
+  uint32_t bits[rows][kRowWords], neg[rows][kRowWords];
 };
 
-// Stored words [row0, row0 + words) of `width` elements from `first` on, zero beyond `elements`; signs are turned by
-// `flip`. Word w of element e goes to to[w * by_word + e * by_element].
-template <int width, int by_word, int by_element>
+struct Shared {
+  Segment<kLongLanes> longer;
+  Segment<kShortRows> shorter;
+  float levels[2 * kNoiseLevels];
+};
+
+// Stored words [row0, row0 + words) of the elements from `first` on, zero beyond `elements` and up to a multiple of
+// four words; signs are turned by `flip`.
+template <int rows>
 __device__ __forceinline__ void copy_stored(const uint32_t* bits, const uint32_t* neg, int64_t row0, int words,
-                                            int elements, int first, uint32_t flip, uint2* to) {
-  constexpr int rows = kCellThreads / width;
-  const int lane = int(threadIdx.x) % width, word0 = int(threadIdx.x) / width;
+                                            int elements, int first, uint32_t flip, Segment<rows>& to) {
+  constexpr int together = kCellThreads / rows;
+  const int lane = int(threadIdx.x) % rows, word0 = int(threadIdx.x) / rows;
   const bool inside = first + lane < elements;
   int64_t at = (row0 + word0) * elements + first + lane;
 #pragma unroll 1
-  for (int word = word0; word < words; word += rows, at += rows * int64_t(elements))
-    to[word * by_word + lane * by_element] = inside ? uint2{bits[at], neg[at] ^ flip} : uint2{0, 0};
+  for (int word = word0; word < ((words + 3) & ~3); word += together, at += together * int64_t(elements)) {
+    const bool stored = inside && word < words;
+    to.bits[lane][word] = stored ? bits[at] : 0u;
+    to.neg[lane][word] = stored ? neg[at] ^ flip : 0u;
+  }
+}
+
+// Which of up to 32 words hold a coincidence: bit 31 is the first word.
+__device__ __forceinline__ uint32_t hits(const uint32_t* s, const uint32_t* l, int words) {
+  uint32_t found = 0;
+#pragma unroll 4
+  for (int i = 0; i < words; i += 4) {
+    const uint4 a = *reinterpret_cast<const uint4*>(s + i), b = *reinterpret_cast<const uint4*>(l + i);
+    const uint32_t four =
+        ((a.x & b.x) ? 8u : 0u) | ((a.y & b.y) ? 4u : 0u) | ((a.z & b.z) ? 2u : 0u) | ((a.w & b.w) ? 1u : 0u);
+    found |= four << (28 - i);
+  }
+  return found;
+}
+
+// Addresses in shared memory as 32-bit numbers, which the loop over pulses keeps instead of making them anew.
+template <class T>
+__device__ __forceinline__ uint32_t shared_address(const T* p) {
+  uint32_t at = uint32_t(__cvta_generic_to_shared(p));
+  asm volatile("" : "+r"(at));
+  return at;
+}
+
+// If m is used up: the next word with a coincidence, m = s & l and up = the signs; m stays 0 where none is left.
+// Written out so that lanes that need no word pass by without a branch.
+__device__ __forceinline__ void fetch(uint32_t s, uint32_t l, uint32_t& found, uint32_t& m, uint32_t& up) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred q;\n"
+      "  .reg .b32 i, t, a, b;\n"
+      "  setp.eq.u32 q, %1, 0;\n"
+      "  setp.ne.and.u32 q, %0, 0, q;\n"
+      "  bfind.shiftamt.u32 i, %0;\n"
+      "  shr.u32 t, 0x80000000, i;\n"
+      "  @q xor.b32 %0, %0, t;\n"
+      "  mad.lo.u32 a, i, 4, %3;\n"
+      "  mad.lo.u32 b, i, 4, %4;\n"
+      "  @q ld.shared.u32 i, [a];\n"
+      "  @q ld.shared.u32 t, [b];\n"
+      "  @q and.b32 %1, i, t;\n"
+      "  @q ld.shared.u32 i, [a + %5];\n"
+      "  @q ld.shared.u32 t, [b + %6];\n"
+      "  @q xor.b32 %2, i, t;\n"
+      "}"
+      : "+r"(found), "+r"(m), "+r"(up)
+      : "r"(s), "r"(l), "n"(int(sizeof(uint32_t)) * kShortRows * kRowWords),
+        "n"(int(sizeof(uint32_t)) * kLongLanes * kRowWords)
+      : "memory");
+}
+
+// levels[state >> 19]: the sign and the level of PulseNoise.
+__device__ __forceinline__ float level_of(uint32_t levels, uint32_t state) {
+  float level;
+  asm volatile(
+      "{\n"
+      "  .reg .b32 i;\n"
+      "  mul.hi.u32 i, %1, 8192;\n"
+      "  mad.lo.u32 i, i, 4, %2;\n"
+      "  ld.shared.f32 %0, [i];\n"
+      "}"
+      : "=f"(level)
+      : "r"(state), "r"(levels));
+  return level;
 }
 
 // All pulses of kCellThreads cells, block of samples by block of samples. `loses`: count what the bounds cut. `how`:
@@ -327,53 +453,56 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
     minus = job.cells[size + index] + 0.0f;
     minus_cell = draw_cell<Device>(device, minus_of(id));
   }
+  const uint32_t levels = shared_address(shared.levels);
   const int last = p.begin[round + 1];
   for (int block = p.begin[round]; block < last; ++block) {
     const int words = p.words[block];
+    const bool dense = 4 * words >= p.samples;
     const uint32_t before = pulses;
     float cut = 0.0f;  // rounded once a block, as on the CPU
+    PulseNoise random{};
+    if (noisy && words > 0) random = pulse_noise(key, index, p.first_block + uint32_t(block), step, c3);
     for (int begin = 0; begin < words; begin += kSegmentWords) {
       const int many = min(words - begin, kSegmentWords);
       __syncthreads();  // the segment before is done with
       const int64_t row0 = p.place[block] + begin;
-      copy_stored<kShortRows, 1, kSegmentWords>(along_columns ? p.d_bits : p.x_bits, along_columns ? p.d_neg : p.x_neg,
-                                                row0, many, shorter, short0, flip, &shared.shorter[0][0]);
-      copy_stored<kLongLanes, kLongLanes, 1>(along_columns ? p.x_bits : p.d_bits, along_columns ? p.x_neg : p.d_neg,
-                                             row0, many, longer, long0, 0, &shared.longer[0][0]);
+      copy_stored(along_columns ? p.d_bits : p.x_bits, along_columns ? p.d_neg : p.x_neg, row0, many, shorter, short0,
+                  flip, shared.shorter);
+      copy_stored(along_columns ? p.x_bits : p.d_bits, along_columns ? p.x_neg : p.d_neg, row0, many, longer, long0, 0,
+                  shared.longer);
       __syncthreads();
-      const uint32_t c1 = segment_counter(p.first_block + uint32_t(block), begin, 0).c1;
-      // A lane walks its own words: only the number of pulses, not where they lie, makes lanes wait for each other.
-      const uint2 *s = shared.shorter[row], *l = &shared.longer[0][mine];
-      const uint2* const end = live ? s + many : s;
-      uint32_t m = 0, up = 0;
-      const auto fetch = [&] {
-        while (m == 0 && s < end) {
-          m = s->x & l->x;
-          up = s->y ^ l->y;
-          ++s;
-          l += kLongLanes;
-        }
-      };
-      for (uint32_t eight = 0;; ++eight) {
-        fetch();
-        if (m == 0) break;
-        Words random{};
-        if (noisy) random = philox(key, index, c1 + eight, step, c3);
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          if (k > 0) fetch();
-          const uint32_t rest = m & (m - 1);
-          const float xi = noise(shared.levels, noise_bits(random.w[k / 2], uint32_t(k)));
+      if (!live) continue;
+      for (int group = 0; group < many; group += 32) {
+        const uint32_t *short_words = &shared.shorter.bits[row][group], *long_words = &shared.longer.bits[mine][group];
+        const uint32_t s = shared_address(short_words), l = shared_address(long_words);
+        uint32_t found = hits(short_words, long_words, min(many - group, 32)), m = 0, up = 0;
+        const auto one_pulse = [&] {
+          const uint32_t less = plus(m, 0xffffffffu);
+          const bool upwards = (up & m & ~less) != 0, on_minus = how == kPair && !upwards;
+          m &= less;
+          random.state = advance(random.state, random.increment);
+          const float xi = level_of(levels, random.state);
           float over = 0.0f;
-          const bool upwards = (up & (m ^ rest)) != 0, on_minus = how == kPair && !upwards;
           const float next = pulse<Device>(device, on_minus ? minus_cell : cell, on_minus ? minus : w,
                                            how == kPair || upwards, xi, over);
-          if (m != 0) {
-            (on_minus ? minus : w) = next;
-            if (loses) cut += over;
-            ++pulses;
+          (on_minus ? minus : w) = next;
+          if (loses) cut += over;
+          pulses = plus(pulses, 1);
+        };
+        // A lane walks its own words: only the number of pulses, not where they lie, makes lanes wait for each other.
+        if (dense) {  // long trains: a word has many pulses, and looking for the next one less often pays
+          while (true) {
+            fetch(s, l, found, m, up);
+            if (m == 0) break;
+            one_pulse();
+            if (m != 0) one_pulse();
           }
-          m = rest;
+        } else {
+          while (true) {
+            fetch(s, l, found, m, up);
+            if (m == 0) break;
+            one_pulse();
+          }
         }
       }
     }
@@ -401,7 +530,8 @@ template <class Device, bool loses, int how>
 __global__ void __launch_bounds__(kCellThreads, kCellBlocks)
     apply_pulses(const DevicePulse* table, int count, int64_t blocks, int round, const float* levels,
                  Predicate predicate) {
-  __shared__ Shared shared;
+  extern __shared__ uint4 shared_memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   if (predicate.jobs && !any_fires(predicate, count)) return;
   float sigma = -1.0f;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
@@ -411,7 +541,10 @@ __global__ void __launch_bounds__(kCellThreads, kCellBlocks)
     if (sigma != p.job.device.dw_min_std) {
       sigma = p.job.device.dw_min_std;
       __syncthreads();  // the cells before are done with the old ones
-      for (int i = threadIdx.x; i < kNoiseLevels; i += kCellThreads) shared.levels[i] = sigma * levels[i];
+      for (int i = threadIdx.x; i < kNoiseLevels; i += kCellThreads) {
+        shared.levels[i] = sigma * levels[i];
+        shared.levels[i + kNoiseLevels] = -(sigma * levels[i]);
+      }
     }
     run_cells<Device, loses, how>(p, int(block - p.first_cell_block), round, shared);
   }
@@ -432,7 +565,7 @@ size_t block_bytes(const DevicePulse& p) {
 // Blocks of the kernel that makes the streams of a round.
 int64_t word_blocks(const DevicePulse& p) {
   if (p.form == kCounted) return blocks_of((groups_of(p.job.n) + groups_of(p.job.m)) * p.capacity, kWordThreads);
-  return blocks_of((chunks_of(p.job.n) + chunks_of(p.job.m)) * p.capacity, kWordThreads / 32);
+  return blocks_of((chunks_of(p.job.n) + chunks_of(p.job.m)) * int64_t(p.capacity), kWordThreads / 32);
 }
 
 // Rounds until the largest job of jobs[first .. last - 1] is through, each with `each` blocks of samples of every job.
@@ -468,12 +601,6 @@ DevicePulse describe(const PulseJob& job, const PulseParams& pulse) {
   p.form = form_of(pulse);
   p.samples = block_samples(pulse);
   const int64_t first_block = job.first_sample / p.samples, blocks = blocks_of(job.samples, p.samples);
-  if (first_block + blocks > kMostBlocks)
-    throw std::invalid_argument("lightning_lrtt: samples of a pulsed update on a CUDA device must be at most " +
-                                std::to_string(kMostBlocks * p.samples) + " in one step with trains of up to " +
-                                std::to_string(most_slots(pulse)) + " slots, got " +
-                                std::to_string(job.first_sample + job.samples) +
-                                "; split the batch or shorten the trains");
   p.first_block = uint32_t(first_block);
   p.blocks = int(blocks);
   p.block_words = p.form == kCounted ? p.samples : block_words(pulse);
@@ -499,6 +626,7 @@ std::vector<PulseSet> arrange(std::vector<DevicePulse>& jobs, Arena& arena) {
     p.words = arena.take<int>(size_t(p.blocks));
     p.place = arena.take<int>(size_t(p.blocks));
     p.begin = arena.take<int>(size_t(most_rounds) + 1);
+    p.starts = arena.take<int>(p.form == kCounted ? 0 : size_t(p.blocks) * size_t(p.block_words));
   }
   std::vector<PulseSet> sets;
   Arena most = arena;  // the sets use one region of streams in turn
@@ -554,8 +682,11 @@ void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table
         with_device(int(end.job.device.kind), [&](auto device) {
           using Device = decltype(device);
           const auto launch = [&](auto loses, auto how) {
-            apply_pulses<Device, decltype(loses)::value, decltype(how)::value>
-                <<<grid, kCellThreads, 0, stream>>>(table + first, last - first, blocks, round, levels, from(first));
+            const auto kernel = apply_pulses<Device, decltype(loses)::value, decltype(how)::value>;
+            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(Shared))),
+                  "pulse kernels");
+            kernel<<<grid, kCellThreads, sizeof(Shared), stream>>>(table + first, last - first, blocks, round, levels,
+                                                                   from(first));
           };
           const auto launch_held = [&](auto loses) {
             switch (hold(end.job.device)) {

@@ -13,8 +13,6 @@ namespace lrtt::cuda {
 constexpr int kCellThreads = 512;
 constexpr int kCellBlocks = 2;  // resident on a multiprocessor
 constexpr int kWordThreads = 128;
-// So that the noise counter of every segment fits c1 (segment_counter): c3 stays a constant of the cell kernels.
-constexpr int64_t kMostBlocks = (int64_t(1) << 24) / kBlockSegments;
 constexpr int kLongLanes = 32;                         // cells of a warp lie along the longer side
 constexpr int kShortRows = kCellThreads / kLongLanes;  // one warp per index of the shorter side
 
@@ -45,6 +43,7 @@ struct DevicePulse {
   int* words;         // [blocks], stream rows
   int* place;         // [blocks], first stream row of a block in its round
   int* begin;         // [most_rounds + 1], round r takes blocks begin[r] .. begin[r + 1] - 1
+  int* starts;        // [blocks][block_words], the sample that has a word's first slot; not of counted trains
   uint32_t *x_bits, *x_neg, *d_bits, *d_neg;
   int64_t first_sample_warp, first_plan_block, first_cell_block;
 };
@@ -103,6 +102,13 @@ __device__ __forceinline__ void place_blocks(const DevicePulse& p) {
     if (first + lane < p.blocks) p.place[first + lane] = place;
   }
   for (int r = round + 1 + lane; r <= p.most_rounds; r += 32) p.begin[r] = p.blocks;
+}
+
+// Notes the words whose first slot belongs to sample s of a block: one thread a sample.
+__device__ __forceinline__ void mark_words(const DevicePulse& p, int block, int s, int first, int bl) {
+  if (p.form == kCounted) return;
+  int* starts = p.starts + int64_t(block) * p.block_words;
+  for (int word = (first + 31) / 32; 32 * word < first + bl; ++word) starts[word] = s;
 }
 
 // Stream rows of a block whose trains take `words` words.

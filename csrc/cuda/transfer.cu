@@ -111,7 +111,10 @@ __global__ void __launch_bounds__(kBlockSamples)
     Planned* const t = int(threadIdx.x) < p.samples ? p.trains + block * p.samples + threadIdx.x : nullptr;
     int first;
     const int words = scan_trains(t ? t->bl : 0, first);
-    if (t) t->first = first;
+    if (t) {
+      t->first = first;
+      mark_words(p, block, int(threadIdx.x), first, t->bl);
+    }
     if (threadIdx.x == 0) p.words[block] = stream_rows(p, words);
   }
   __syncthreads();

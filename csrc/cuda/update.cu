@@ -11,7 +11,7 @@ constexpr int kMaximaWarps = 8;
 // Eight bfloat16 at a time: the magnitudes of the halves of a word are ordered as 16-bit integers.
 __device__ __forceinline__ uint32_t largest_bfloat16(const uint4* row, int vectors, int lane) {
   uint32_t top = 0;
-#pragma unroll 4
+#pragma unroll 8
   for (int i = lane; i < vectors; i += 32) {
     const uint4 v = row[i];
     constexpr uint32_t magnitude = 0x7fff7fffu;
@@ -65,7 +65,10 @@ __global__ void __launch_bounds__(kBlockSamples) plan_trains(const DevicePulse* 
     train = plan_train(*p.job.eta, p.maxima[2 * s], p.maxima[2 * s + 1], p.job.device.granularity, p.job.pulse, finite);
   int first;
   const int words = scan_trains(train.bl, first);
-  if (mine) p.trains[s] = Planned{train.bl, train.sx, train.sd, first};
+  if (mine) {
+    p.trains[s] = Planned{train.bl, train.sx, train.sd, first};
+    mark_words(p, block, int(threadIdx.x), first, train.bl);
+  }
   const int bad = __syncthreads_count(!finite);
   if (threadIdx.x == 0) {
     p.words[block] = stream_rows(p, words);

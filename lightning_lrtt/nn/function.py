@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def digital_read(tile: TileModule, x: Tensor) -> Tensor:
     """The tile's output by ordinary autograd; A and B get their exact gradients, C gets none."""
     y = tile.project(x, tile.weight)
-    return y + tile.mix(tile.config.alpha * tile.project(x, tile.B), tile.A)
+    return tile.with_mix(y, tile.project(x, tile.B), tile.A, tile.config.alpha)
 
 
 @torch.compiler.disable  # a compiled graph would drop the latch, and with it every update
@@ -65,8 +65,8 @@ class _LatchedRead(torch.autograd.Function):
         grad_x = None
         if need_x:
             grad_x, _ = tile.project_backward(grad, x, c, (True, False))
-            tile.add_project_backward(grad_x, dz, x, b, alpha)
-            grad_x = grad_x.to(ctx.in_dtype)
+            assert grad_x is not None
+            grad_x = tile.with_project_backward(grad_x, dz, x, b, alpha, ctx.in_dtype)
         grad_a = (alpha * grad_a).to(tile.A.dtype)
         grad_b = (alpha * grad_b).to(tile.B.dtype)
         if _accumulates(ctx.next_functions[2:4]):

@@ -97,6 +97,17 @@ class LRTTLinear(TileModule):
     def add_project_backward(self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float) -> None:
         grad_x.view(-1, w.shape[1]).addmm_(self.samples(grad), w, alpha=alpha)
 
+    def with_project_backward(
+        self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float, dtype: torch.dtype
+    ) -> Tensor:
+        if dtype != torch.float32 or grad_x.dtype == torch.float32:
+            return super().with_project_backward(grad_x, grad, x, w, alpha, dtype)
+        rows = torch.ops.lrtt.add_product(grad_x.reshape(-1, w.shape[1]), self.samples(grad), w, alpha)
+        return rows.view(grad_x.shape)
+
+    def with_mix(self, y: Tensor, z: Tensor, a: Tensor, alpha: float) -> Tensor:
+        return torch.addmm(self.samples(y), self.samples(z), a.t(), alpha=alpha).view(y.shape)
+
     def add_bias(self, y: Tensor) -> Tensor:
         assert self.bias is not None
         return y + self.bias.to(y.dtype)  # as nn.Linear, whose output has the autocast dtype

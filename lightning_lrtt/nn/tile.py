@@ -363,6 +363,17 @@ class TileModule(nn.Module):
         assert by_x is not None
         grad_x.add_(by_x, alpha=alpha)
 
+    def with_project_backward(
+        self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float, dtype: torch.dtype
+    ) -> Tensor:
+        """``grad_x`` after `add_project_backward`, in ``dtype``; may write into ``grad_x``."""
+        self.add_project_backward(grad_x, grad, x, w, alpha)
+        return grad_x.to(dtype)
+
+    def with_mix(self, y: Tensor, z: Tensor, a: Tensor, alpha: float) -> Tensor:
+        """``y + alpha mix(z, a)`` by ordinary autograd."""
+        return y + self.mix(alpha * z, a)
+
     def add_bias(self, y: Tensor) -> Tensor:
         """y plus the bias, broadcast over samples."""
         raise NotImplementedError

@@ -20,14 +20,12 @@ from lightning_lrtt.ops import reference_random as rng
 from lightning_lrtt.ops.reference_pulses import Coincidences, Rules, Train, plan_train, tile_numbers, transfer_words
 from lightning_lrtt.ops.reference_random import f32
 from lightning_lrtt.ops.schema import (
-    BLOCK_SEGMENTS,
     COUNTER,
     COUNTS,
     CYCLE,
     FIXED_POINT,
     KEY,
     MINUS,
-    SEGMENT_WORDS,
     STEP,
     A,
     B,
@@ -90,28 +88,19 @@ def _apply_block(
     own = [w] if held is None else list(held)  # views
     cells = [models.cells(p, key, array + plane * MINUS, index) for plane in range(len(own))]
     cut, touched = torch.zeros_like(w), torch.zeros(w.shape, dtype=torch.bool)
-    before = torch.zeros(w.shape, dtype=torch.int64)  # pulses that a cell had in this segment
-    for word, start in enumerate(range(0, stream.slots, 32)):
+    before = torch.zeros(w.shape, dtype=torch.int64)  # pulses that a cell has had
+    block = first_sample // rules.block_samples
+    random = rng.philox(key, index, block, step, rng.counter3(rng.NOISE, array))
+    for start in range(0, stream.slots, 32):
         hit, opposite = stream.word(start)
         up = opposite == descend
         counts[COUNTS["pulses_a"] + array] += int(hit.sum())
-        if word % SEGMENT_WORDS == 0:
-            before.zero_()
-        turn = before + hit.cumsum(0) - 1  # the number of a pulse among those of its cell in the segment
+        turn = before + hit.cumsum(0) - 1  # the number of a pulse among those of its cell
         before += hit.sum(0)
         noise = torch.zeros(hit.shape)
         if p["dw_min_std"] > 0 and hit.any():
-            segment = first_sample // rules.block_samples * BLOCK_SEGMENTS + word // SEGMENT_WORDS
-            pulse = turn[hit]
-            words = rng.philox(
-                key,
-                index.expand_as(turn)[hit],
-                segment % 2**24 * 256 + pulse // 8,
-                step,
-                rng.counter3(rng.NOISE, array, segment >> 24),
-            )
-            word = words.gather(0, (pulse // 2 % 4)[None])[0]
-            noise[hit] = p["dw_min_std"] * rng.noise(torch.where(pulse % 2 == 1, word >> 16, word & 0xFFFF))
+            seeds = (words.expand_as(turn)[hit] for words in random[:2])
+            noise[hit] = p["dw_min_std"] * rng.noise(*seeds, turn[hit])
         for slot in range(len(hit)):
             if not hit[slot].any():
                 continue
@@ -119,7 +108,7 @@ def _apply_block(
             for plane, g in enumerate(own):
                 # The cells of a pair take pulses upwards only, the first those that raise w, the second the others.
                 mine = hit[slot] & (up[slot] == (plane == 0)) if len(own) == 2 else hit[slot]
-                moved = g + models.delta(p, cells[plane], g, up[slot] | (len(own) == 2), noise[slot])
+                moved = models.moved(p, cells[plane], g, up[slot] | (len(own) == 2), noise[slot])
                 kept = cell.into_bounds(cells[plane], moved)
                 cut += torch.where(mine, (moved - kept).abs(), f32(0.0))
                 g.copy_(torch.where(mine, kept, g))

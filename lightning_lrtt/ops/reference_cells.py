@@ -131,13 +131,13 @@ def _refresh(p: Params, key: int, array: int, cells: Tensor, step: int) -> None:
         chosen = due & (on_plus == (plane == 0))
         drawn = models.cells(p, key, own, index)
         g, goal = fresh[plane], want + fresh[1 - plane]
+        start, increment = philox(key, index, 1, step, counter3(RESET, own, 1))[:2]
         for n in range(int(p["refresh_max_pulses"])):
             going = chosen & (g < goal)
             if not going.any():
                 break
-            word = philox(key, index, 1 + n // 8, step, counter3(RESET, own, 1))[n // 2 % 4]
-            shake = p["dw_min_std"] * noise(word >> 16 if n % 2 else word & 0xFFFF)
-            g = torch.where(going, into_bounds(drawn, g + models.delta(p, drawn, g, up, shake)), g)
+            shake = p["dw_min_std"] * noise(start, increment, torch.full_like(start, n))
+            g = torch.where(going, into_bounds(drawn, models.moved(p, drawn, g, up, shake)), g)
         cells[plane] = torch.where(chosen, g, cells[plane])
         cells[1 - plane] = torch.where(chosen, fresh[1 - plane], cells[1 - plane])
 

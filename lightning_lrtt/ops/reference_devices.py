@@ -133,27 +133,31 @@ def _derive(p: Params, n1: Tensor, n2: Tensor, c: Cells) -> Cells:
     return c
 
 
-def delta(p: Params, c: Cells, w: Tensor, up: Tensor, noise: Tensor) -> Tensor:
-    """The change of w by one pulse, before clipping."""
+def moved(p: Params, c: Cells, w: Tensor, up: Tensor, noise: Tensor) -> Tensor:
+    """w after one pulse, before clipping."""
+    return fma(torch.where(up, c.s_up, -c.s_dn), _strength(p, c, w, up, noise), w)
+
+
+def _strength(p: Params, c: Cells, w: Tensor, up: Tensor, noise: Tensor) -> Tensor:
+    """The change of w by one pulse in units of the cell's step."""
     kind = int(p["kind"])
-    s = torch.where(up, c.s_up, -c.s_dn)
     if kind == CONSTANT:
-        return s * (1.0 + noise)
+        return 1.0 + noise
     if kind in (LINEAR, SOFT, SOFT_REFERENCE):
         state = w + c.e2 if kind == SOFT_REFERENCE else w
         slope = fma(torch.where(up, c.e0, c.e1), -state, _ONE)
-        return s * slope * (1.0 + noise) if p["mult_noise"] else s * (slope + noise)
+        return fma(slope if p["mult_noise"] else _ONE, noise, slope)
     if kind == EXP:
         z = fma(c.e0, w, p["b"])
         exponent = torch.where(up, p["gamma_up"] * z, -(p["gamma_down"] * z))
         amplitude = torch.where(up, p["A_up"], p["A_down"])
         y = more(1.0 - amplitude * exp(less(more(exponent, f32(-80.0)), f32(80.0))), _ZERO)
-        return y * (1.0 + noise) * s
+        return y * (1.0 + noise)
     if kind in (POW, POW_REFERENCE):
         spread = c.b_max - c.b_min
         share = torch.where(spread > 0, torch.where(up, c.b_max - w, w - c.b_min) / spread, _ZERO)
-        return s * power(share, torch.where(up, c.e0, c.e1)) * (1.0 + noise)
-    return s * _height(p, c, w, up) * (1.0 + noise)
+        return power(share, torch.where(up, c.e0, c.e1)) * (1.0 + noise)
+    return _height(p, c, w, up) * (1.0 + noise)
 
 
 def _height(p: Params, c: Cells, w: Tensor, up: Tensor) -> Tensor:

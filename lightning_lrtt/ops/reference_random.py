@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
+_MULTIPLIER = 0xADB4A92D  # of the noise of pulses
 DRAW, REINIT, BIT_X, BIT_D, NOISE, DIFFUSION, WRITE_NOISE, RESET, ROUND = range(1, 10)  # purposes
 DIRECT_SLOTS = 5  # up to here a slot takes one uniform, longer trains are sampled bit-sliced
 
@@ -88,10 +89,10 @@ def _horner(coefficients: tuple[float, ...], v: Tensor) -> Tensor:
 
 
 def philox(key: int, c0: Tensor | int, c1: Tensor | int, c2: Tensor | int, c3: Tensor | int) -> Tensor:
-    """Philox-4x32-10 words ``[4, ...]`` of counters that broadcast against each other."""
+    """Philox-4x32-7 words ``[4, ...]`` of counters that broadcast against each other."""
     k0, k1 = key & _MASK, (key >> 32) & _MASK
     x0, x1, x2, x3 = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) & _MASK for c in (c0, c1, c2, c3)))
-    for _ in range(10):
+    for _ in range(7):
         p0, p1 = x0 * 0xD2511F53, x2 * 0xCD9E8D57  # modulo 2^64
         x0, x1, x2, x3 = (p1 >> 32) & _MASK ^ x1 ^ k0, p1 & _MASK, (p0 >> 32) & _MASK ^ x3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
@@ -132,10 +133,25 @@ def normal(word: Tensor) -> Tensor:
     return from_bits(bits_of(z) ^ word & 0x80000000)
 
 
-def noise(bits: Tensor) -> Tensor:
-    """Cycle-to-cycle noise from 16 bits: a sign and one of 4096 equally likely magnitudes, scaled to unit variance."""
-    level = f32(1.0000805) * normal(((bits & 4095) << 19) | (1 << 18))
-    return torch.where(bits & 0x8000 != 0, -level, level)
+def noise(start: Tensor, increment: Tensor, pulse: Tensor) -> Tensor:
+    """float32 cycle-to-cycle noise of pulse number ``pulse`` of a cell and block (`PulseNoise` in csrc/math.h).
+
+    The state is reached by a jump, ``s_n = M^(n+1) s_0 + (M^n + ... + 1) (increment | 1)``; its top bit is a sign, the next
+    12 choose one of 4096 equally likely magnitudes, scaled to unit variance.
+    """
+    powers, sums = [1], [0]
+    for _ in range(int(pulse.max()) + 1 if pulse.numel() else 0):
+        sums.append((sums[-1] * _MULTIPLIER + 1) & _MASK)
+        powers.append(powers[-1] * _MULTIPLIER & _MASK)
+    jump = (torch.tensor(powers)[pulse + 1], torch.tensor(sums)[pulse + 1])
+    state = (_low(jump[0], start) + _low(jump[1], increment | 1)) & _MASK
+    level = f32(1.0000805) * normal((state >> 19 & 4095) << 19 | 1 << 18)
+    return torch.where(state >> 31 != 0, -level, level)
+
+
+def _low(a: Tensor, b: Tensor) -> Tensor:
+    """The low 32 bits of products of 32-bit numbers, without passing 2^63."""
+    return (a * (b & 0xFFFF) + ((a * (b >> 16) & _MASK) << 16)) & _MASK
 
 
 def uniform(word: Tensor) -> Tensor:
@@ -161,7 +177,7 @@ def on_grid(p: Tensor, res: float, words: Tensor | None) -> Tensor:
 
 
 def bernoulli(key: int, p: Tensor, slots: int, sample: int, step: int, purpose: int, array: int) -> Tensor:
-    """``[slots, elements]`` booleans: slot t of element j fires with probability p[j]; p >= 1 fires always."""
+    """``[slots, elements]`` booleans: slot t of element j fires with probability p[j]; p >= 1 fires but for one word of 2^32."""
     pieces = [
         _bernoulli(key, p, min(slots - begin, 32), sample, step, counter3(purpose, array, begin // 32))
         for begin in range(0, slots, 32)
@@ -171,15 +187,14 @@ def bernoulli(key: int, p: Tensor, slots: int, sample: int, step: int, purpose: 
 
 def _bernoulli(key: int, p: Tensor, slots: int, sample: int, step: int, c3: int) -> Tensor:
     """At most 32 slots, one word of each element."""
-    always = p >= 1.0
-    threshold = torch.where(always, f32(0.0), p * 2.0**32).long()
+    threshold = torch.where(p < 1.0, (p * 2.0**32).double(), _MASK).long()
     elements = torch.arange(len(p))
     lane = torch.arange(slots)[:, None]
     fired = torch.zeros(slots, len(p), dtype=torch.bool)
     if slots <= DIRECT_SLOTS:
         for slot in range(slots):
             fired[slot] = element_words(key, elements, sample * 64 + slot, step, c3) < threshold
-        return fired | always
+        return fired
     undecided = torch.ones_like(fired)
     for plane in range(32):  # most significant bit of the uniform first
         random = (element_words(key, elements, sample * 64 + plane, step, c3) >> lane & 1).bool()
@@ -188,4 +203,4 @@ def _bernoulli(key: int, p: Tensor, slots: int, sample: int, step: int, c3: int)
         undecided &= bit == random
         if not undecided.any():
             break
-    return fired | always
+    return fired

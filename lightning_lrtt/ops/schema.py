@@ -39,8 +39,6 @@ FIXED_POINT: float = LAYOUT["fixed_point"]  # units per weight unit of the sums 
 BLOCK_SAMPLES: int = LAYOUT["block_samples"]  # `first_sample` must be a multiple of it
 CELL_NUMBERS: int = LAYOUT["cell_numbers"]  # what `draw_cells` gives of a cell
 IO_SIZE = len(LAYOUT["io"])
-SEGMENT_WORDS: int = LAYOUT["segment_words"]  # see csrc/jobs.h
-BLOCK_SEGMENTS: int = LAYOUT["block_segments"]
 SEGMENT_DEPTH: int = LAYOUT["segment_depth"]  # of the stack on which segments are added (csrc/segments.h)
 
 library = torch.library.Library("lrtt", "DEF")
@@ -95,6 +93,8 @@ library.define(
     "io_output_(Tensor(a!) y, Tensor acc, Tensor per, Tensor ticket, Tensor state, Tensor io, int array, int round, "
     "int first_sample, Tensor? pending) -> Tensor"
 )
+# float32 g + alpha z b, [n, k] + [n, r] [r, k], of half-precision operands.
+library.define("add_product(Tensor g, Tensor z, Tensor b, float alpha) -> Tensor")
 # Decodes GGML blocks: blocks uint8 [rows * bytes of a row], out [rows, columns] float32 or bfloat16 with unit stride in a
 # row; row i goes to row rows[i] of out (int64 [rows], each of them once; None: row i).
 library.define("dequantize_(Tensor(a!) out, Tensor blocks, int type, Tensor? rows) -> ()")
@@ -214,6 +214,15 @@ def _(y, acc, per, ticket, state, io, array, round, first_sample, pending):  # t
         lambda: f"io_output_: y and acc must be [N, d], got {list(y.shape)} and {list(acc.shape)}",
     )
     return acc.new_empty(acc.shape[0], dtype=torch.int32)
+
+
+@torch.library.register_fake("lrtt::add_product", lib=library)
+def _(g, z, b, alpha):  # type: ignore[no-untyped-def]
+    torch._check(
+        g.dim() == 2 and z.dim() == 2 and tuple(b.shape) == (z.shape[1], g.shape[1]) and z.shape[0] == g.shape[0],
+        lambda: f"add_product: g [n, k], z [n, r], b [r, k] must agree, got {[list(t.shape) for t in (g, z, b)]}",
+    )
+    return g.new_empty(g.shape, dtype=torch.float32)
 
 
 @torch.library.register_fake("lrtt::dequantize_", lib=library)

@@ -1,0 +1,97 @@
+// float32 g + alpha z b of half-precision operands, in one pass over g: what a layer's input gradient takes on from its
+// factors while it is widened to the input's type.
+#include <cuda_fp16.h>
+
+#include "common.cuh"
+
+namespace lrtt::cuda {
+namespace {
+
+constexpr int kThreads = 256, kRows = 32;
+constexpr int kAhead = 4;  // rows whose loads are under way together
+
+template <bool bfloat>
+__device__ __forceinline__ float widen(uint32_t half) {
+  return bfloat ? from_bits(half << 16) : __half2float(__ushort_as_half(uint16_t(half)));
+}
+
+// A thread keeps its columns of b, `rank` rows of them, and runs down kRows rows of g.
+template <bool bfloat, int rank, int columns>
+__global__ void __launch_bounds__(kThreads, 2) add_product_rows(const SumJob job) {
+  __shared__ alignas(16) float z[kRows][rank];
+  const int64_t first = int64_t(blockIdx.y) * kRows, left = job.n - first;
+  const int rows = int(left < kRows ? left : kRows), column = int(blockIdx.x * kThreads + threadIdx.x) * columns;
+  const uint16_t *half_z = static_cast<const uint16_t*>(job.z), *half_b = static_cast<const uint16_t*>(job.b);
+  for (int i = threadIdx.x; i < kRows * rank; i += kThreads) {
+    const int row = i / rank, q = i % rank;
+    z[row][q] = row < rows && q < job.r ? job.alpha * widen<bfloat>(half_z[(first + row) * job.r + q]) : 0.0f;
+  }
+  __syncthreads();
+  if (column >= job.k) return;
+  float b[rank][columns];
+#pragma unroll
+  for (int q = 0; q < rank; ++q)
+#pragma unroll
+    for (int c = 0; c < columns; ++c)
+      b[q][c] = q < job.r ? widen<bfloat>(half_b[int64_t(q) * job.k + column + c]) : 0.0f;
+  const uint32_t* from =
+      reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(job.g) + first * job.k + column);
+  float* to = job.out + first * job.k + column;
+  for (int row0 = 0; row0 < rows; row0 += kAhead) {
+    uint32_t pair[kAhead][columns / 2];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (row0 + u >= rows) continue;
+      const uint32_t* at = from + int64_t(row0 + u) * (job.k / 2);
+      if (columns == 4) {
+        const uint2 two = *reinterpret_cast<const uint2*>(at);
+        pair[u][0] = two.x, pair[u][columns / 2 - 1] = two.y;
+      } else {
+        pair[u][0] = *at;
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (row0 + u >= rows) continue;
+      float sum[columns];
+#pragma unroll
+      for (int c = 0; c < columns; ++c) sum[c] = widen<bfloat>(c % 2 ? pair[u][c / 2] >> 16 : pair[u][c / 2] & 0xffffu);
+#pragma unroll
+      for (int q = 0; q < rank; ++q)
+#pragma unroll
+        for (int c = 0; c < columns; ++c) sum[c] = fma_(z[row0 + u][q], b[q][c], sum[c]);
+      float* at = to + int64_t(row0 + u) * job.k;
+      if (columns == 4) {
+        *reinterpret_cast<float4*>(at) = make_float4(sum[0], sum[1], sum[columns - 2], sum[columns - 1]);
+      } else {
+        *reinterpret_cast<float2*>(at) = make_float2(sum[0], sum[1]);
+      }
+    }
+  }
+}
+
+template <int rank, int columns>
+void launch(const SumJob& job, cudaStream_t stream) {
+  const dim3 grid(unsigned(blocks_of(job.k, kThreads * columns)), unsigned(blocks_of(job.n, kRows)));
+  if (job.bfloat) {
+    add_product_rows<true, rank, columns><<<grid, kThreads, 0, stream>>>(job);
+  } else {
+    add_product_rows<false, rank, columns><<<grid, kThreads, 0, stream>>>(job);
+  }
+  check(cudaGetLastError(), "add_product");
+}
+
+}  // namespace
+
+void add_product(const SumJob& job, Stream handle) {
+  const cudaStream_t stream = native(handle);
+  if (job.r <= 8) {
+    launch<8, 4>(job, stream);
+  } else if (job.r <= 16) {
+    launch<16, 4>(job, stream);
+  } else {
+    launch<32, 2>(job, stream);
+  }
+}
+
+}  // namespace lrtt::cuda
