@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _EXACT = {torch.bfloat16: 2**8, torch.float16: 2**11}
 
 
-@torch.compiler.disable  # as latched_read; and the rounds of bound management depend on data on the CPU
+# As latched_read; and the rounds of bound management depend on data on the CPU.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves its options unannotated
 def analog_read(tile: TileModule, x: Tensor) -> Tensor:
     """The tile's output through its converters; backward reads through those of the other direction.
 
