@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_lrtt import _check
 
@@ -50,7 +50,7 @@ class ResumableLoader:
 
     def __init__(
         self,
-        dataset: Dataset[Any] | Any,
+        dataset: Any,
         batch_size: int = 1,
         shuffle: bool = True,
         seed: int = 0,

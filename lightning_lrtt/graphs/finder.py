@@ -172,7 +172,7 @@ class Finder:
                 self.add("frozen", f"time.{name}() is read", location(frame))
 
 
-class _Dispatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Dispatch(TorchDispatchMode):
     def __init__(self, finder: Finder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._finder = finder

@@ -110,8 +110,8 @@ def _apply_block(
                 step,
                 rng.counter3(rng.NOISE, array, segment >> 24),
             )
-            word = words.gather(0, (pulse // 2 % 4)[None])[0]
-            noise[hit] = p["dw_min_std"] * rng.noise(torch.where(pulse % 2 == 1, word >> 16, word & 0xFFFF))
+            bits = words.gather(0, (pulse // 2 % 4)[None])[0]
+            noise[hit] = p["dw_min_std"] * rng.noise(torch.where(pulse % 2 == 1, bits >> 16, bits & 0xFFFF))
         for slot in range(len(hit)):
             if not hit[slot].any():
                 continue
