@@ -13,7 +13,6 @@ from lightning_lrtt._compiled import build_info
 from lightning_lrtt.ops import schema
 
 _ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # ElementType of csrc/jobs.h
-DECODERS: dict[int, tuple[int, int]] = _C.decoders()  # GGML type -> (elements, bytes) of a block
 _MAX_SAMPLES = 2**26  # the random counter holds 26 bits of sample index (csrc/math.h)
 
 
@@ -374,128 +373,6 @@ def reset_cells_(
     _run(w, "reset_cells", job, (first, last, share, number))
 
 
-def dequantize_(out: Tensor, blocks: Tensor, type: int, rows: Tensor | None) -> None:
-    op = "dequantize_"
-    if type not in DECODERS:
-        raise ValueError(f"lrtt::{op}: type must be one of {sorted(DECODERS)} (GGML's numbers), got {type}")
-    if out.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"lrtt::{op}: out must be float32 or bfloat16, got {out.dtype}")
-    if out.dim() != 2 or out.stride(1) != 1:
-        raise ValueError(
-            f"lrtt::{op}: out must be [rows, columns] with whole rows in memory, got shape {list(out.shape)} and "
-            f"strides {out.stride()}"
-        )
-    size, width = DECODERS[type]
-    count, rest = divmod(out.shape[1], size)
-    if rest:
-        raise ValueError(f"lrtt::{op}: out must have rows of whole blocks of {size}, got {out.shape[1]} columns")
-    _same_device(op, out, blocks=blocks, **({} if rows is None else {"rows": rows}))
-    n = out.shape[0] if rows is None else rows.numel()
-    pointer = 0 if rows is None else _contiguous(op, "rows", rows, torch.int64)
-    if rows is not None and not rows.is_cuda and n and not (int(rows.min()) >= 0 and int(rows.max()) < out.shape[0]):
-        raise ValueError(
-            f"lrtt::{op}: rows must be rows of out, 0 to {out.shape[0] - 1}, got {int(rows.min())} to {int(rows.max())}"
-        )
-    job = (
-        type,
-        out.dtype == torch.bfloat16,
-        n,
-        count,
-        _contiguous(op, "blocks", blocks, torch.uint8, size=n * count * width),
-        out.data_ptr(),
-        out.stride(0),
-        pointer,
-    )
-    if out.is_cuda and size == 1:  # no blocks: torch's own conversion
-        plain = {4: torch.float32, 2: torch.float16 if type == 1 else torch.bfloat16}[width]
-        values = blocks.view(plain).view(n, out.shape[1])
-        if rows is None:
-            out.copy_(values)
-        else:
-            out.index_copy_(0, rows, values.to(out.dtype))
-        return
-    _run(out, "dequantize", job)
-
-
-def segment_sum_(
-    out: list[Tensor],
-    slots: list[Tensor],
-    weights: Tensor,
-    scale: Tensor,
-    stats: Tensor,
-    program: list[int],
-    redo: bool,
-) -> None:
-    op, steps = "segment_sum_", len(program)
-    nodes = _check_program(op, program)
-    if len(out) % nodes or len(slots) * nodes != len(out) * steps:
-        raise ValueError(
-            f"lrtt::{op}: out must hold {nodes} nodes and slots {steps} segments of each parameter, got {len(out)} "
-            f"and {len(slots)}"
-        )
-    if not out:
-        return
-    _same_device(op, out[0], weights=weights, scale=scale, stats=stats)
-    jobs = []
-    for p in range(len(out) // nodes):
-        first = out[p * nodes]
-        size, dtype, device = first.numel(), first.dtype, first.device
-        for tensor in out[p * nodes : (p + 1) * nodes]:
-            _contiguous(op, "out", tensor, dtype, size=size)
-        own = slots[p * steps : (p + 1) * steps]
-        for tensor in own:
-            if tensor.numel():
-                _contiguous(op, "slots", tensor, dtype, size=size)
-                if tensor.device != device:
-                    _same_device(op, first, slots=tensor)
-        _contiguous(op, "out", first, torch.float32, torch.float64)
-        jobs.append(
-            (
-                [t.data_ptr() if t.numel() else 0 for t in own],
-                [t.data_ptr() for t in out[p * nodes : (p + 1) * nodes]],
-                size,
-                dtype == torch.float64,
-            )
-        )
-    arguments = (
-        jobs,
-        [(step >> 1, step & 1) for step in program],
-        _contiguous(op, "weights", weights, torch.float64, size=steps),
-        _contiguous(op, "scale", scale, torch.float64, size=1),
-        _contiguous(op, "stats", stats, torch.float64, size=2 * steps) if stats.numel() else 0,
-        redo,
-    )
-    owner = out[0]
-    if owner.is_cuda:
-        _require_cuda(owner)
-    bytes_ = getattr(_C, f"segment_sum_{'cuda' if owner.is_cuda else 'cpu'}_bytes")(*arguments)
-    scratch = torch.empty(bytes_, dtype=torch.uint8, device=owner.device)
-    _run(owner, "segment_sum", *arguments, scratch.data_ptr())
-
-
-def _check_program(op: str, program: list[int]) -> int:
-    """The number of nodes that a program hands out, once it is known to be one."""
-    depth = nodes = 0
-    for step in program:
-        depth += 1
-        if depth > schema.SEGMENT_DEPTH:
-            break
-        depth -= step >> 1
-        if step < 0 or depth < 1:
-            break
-        if step & 1:
-            depth, nodes = depth - 1, nodes + 1
-            if depth:
-                break
-    else:
-        if nodes and not depth:
-            return nodes
-    raise ValueError(
-        f"lrtt::{op}: program must push each segment, add at most what is there and hand out every node (see "
-        f"strategies/tree.py), got {program}"
-    )
-
-
 _KERNELS: tuple[Callable[..., Any], ...] = (
     pulsed_update_,
     transfer_,
@@ -506,8 +383,6 @@ _KERNELS: tuple[Callable[..., Any], ...] = (
     draw_cells,
     clip_,
     reset_cells_,
-    dequantize_,
-    segment_sum_,
 )
 for _kernel in _KERNELS:
     for _key in ("CPU", "CUDA"):
