@@ -13,6 +13,7 @@ from lightning_lrtt.config import LRTTConfig
 from lightning_lrtt.nn import identity
 from lightning_lrtt.nn.analog import analog_read
 from lightning_lrtt.nn.function import digital_read, latched_read
+from lightning_lrtt.nn.key import tile_key
 from lightning_lrtt.nn.latch import Latch
 from lightning_lrtt.nn.link import TileLink
 from lightning_lrtt.nn.multiplication import Multiplication
@@ -23,18 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TileLink", "TileModule", "find_tiles", "tile_key"]
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
 _CELLS = ("A_cells", "B_cells", "C_cells")  # buffers, by array
-
-
-def tile_key(seed: int, tile: int) -> int:
-    """The 64-bit random key of tile number ``tile`` under ``seed``, as a signed int64 (splitmix64's finaliser)."""
-    z = (seed + (tile + 1) * _GOLDEN) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    z ^= z >> 31
-    return z - (1 << 64) if z >> 63 else z
 
 
 class TileModule(Multiplication):
