@@ -174,7 +174,7 @@ class Finder:
 
 class _Dispatch(TorchDispatchMode):
     def __init__(self, finder: Finder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self._finder = finder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

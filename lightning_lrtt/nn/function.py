@@ -23,7 +23,8 @@ def digital_read(tile: TileModule, x: Tensor) -> Tensor:
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves its options unannotated
 def latched_read(tile: TileModule, x: Tensor) -> Tensor:
     """The tile's output; backward also counts the samples and, on a pulsed tile, latches x, X_B, D and D_A."""
-    return _LatchedRead.apply(x, tile.weight, tile.A, tile.B, tile)  # type: ignore[no-any-return,no-untyped-call]
+    y: Tensor = _LatchedRead.apply(x, tile.weight, tile.A, tile.B, tile)  # type: ignore[no-untyped-call]  # torch's
+    return y
 
 
 def _accumulates(leaves: tuple[tuple[Any, int], ...]) -> bool:
