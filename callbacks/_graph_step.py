@@ -90,8 +90,8 @@ class StepGraphs:
         self._hook = digital.register_load_state_dict_post_hook(lambda _: self.clear())
         self._stock_transfer = not any(
             is_overridden(hook, owner)
-            for owner in (module, trainer.datamodule)
-            if owner is not None  # type: ignore[attr-defined]
+            for owner in (module, trainer.datamodule)  # type: ignore[attr-defined]  # set by a connector
+            if owner is not None
             for hook in ("transfer_batch_to_device", "on_after_batch_transfer")
         )
         self._modules = list(self._watched.values())
@@ -194,7 +194,7 @@ class StepGraphs:
         """Why this step has to be eager, whatever its shape."""
         if closure._backward_fn is None:
             return "a step without backward (an averaging callback refreshes batch statistics)"
-        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
             wants = getattr(callback, "wants_eager_step", None)
             if wants is not None and wants():
                 return _WATCHED
