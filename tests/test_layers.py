@@ -19,7 +19,8 @@ LAYERS: list[set[str]] = [
     {"devices", "io_config"},
     {"config"},
     {"device_plots", "nn", "presets"},
-    {"export", "free_nudged", "graphs", "optim", "weights"},
+    {"export", "free_nudged", "graphs", "tile_step", "weights"},
+    {"optim"},
     {"strategies"},
     {"callbacks"},
     set(),  # commands of `lrtt`: every other module of the package's root
