@@ -76,7 +76,7 @@ def test_compiled(tmp_path: Path) -> None:
     wheel.extractall(tmp_path / "site")
     code = (
         "import sys\n"
-        f"sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in type(f).__name__]\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'Redirecting' not in type(f).__name__]\n"
         f"sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
         "import lightning_lrtt.callbacks as c, lightning_lrtt as l\n"
         "print(c.__file__, l._C.__file__, l.build_info()['cpu_instructions'])\n"
