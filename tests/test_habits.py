@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -56,12 +57,17 @@ def command(name: str) -> str:
     path = shutil.which(name, path=os.pathsep.join((sysconfig.get_path("scripts"), os.environ.get("PATH", ""))))
     if path is None:
         pytest.skip(f"{name} is not installed; {INSTALL}")
-    pinned = re.search(rf"^{re.escape(name)}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert pinned is not None, f"constraints.txt does not pin {name}"
     said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
-    if pinned[1] not in said:
-        pytest.skip(f"{name} must be {pinned[1]}, got {said.strip()!r}; {INSTALL}")
+    if pinned(name) not in said:
+        pytest.skip(f"{name} must be {pinned(name)}, got {said.strip()!r}; {INSTALL}")
     return path
+
+
+def pinned(name: str) -> str:
+    """The version of a package in constraints.txt."""
+    found = re.search(rf"^{re.escape(name)}==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert found is not None, f"constraints.txt does not pin {name}"
+    return found[1]
 
 
 def run(*words: str) -> None:
@@ -80,7 +86,11 @@ def test_ruff_format() -> None:
 
 def test_mypy() -> None:
     """As CONTRIBUTING.md says; ``strict`` stands in pyproject.toml and is repeated here, so that it cannot get lost."""
-    run(command("mypy"), "--strict", "lightning_lrtt", "callbacks")
+    mypy = command("mypy")
+    for library in ("torch", "lightning", "numpy", "gguf", "safetensors", "transformers"):
+        if version(library).partition("+")[0] != pinned(library):  # it is annotated otherwise
+            pytest.skip(f"{library} must be {pinned(library)}, got {version(library)}; {INSTALL}")
+    run(mypy, "--strict", "lightning_lrtt", "callbacks")
 
 
 def test_clang_format() -> None:
