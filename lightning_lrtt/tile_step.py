@@ -70,7 +70,7 @@ def _pulse(members: list[tuple[TileModule, Tensor]], device: torch.device) -> No
         scale += [tile.config.alpha * tile.config.factor_scale] * 2
         rates += [lr, lr]
     ops.pulse_scale_(list(eta), grads, first, rates, scale)
-    chunks = [_factor_jobs(tile, array, eta[2 * i + array]) for i, (tile, _) in enumerate(members) for array in (A, B)]
+    chunks = [factor_jobs(tile, array, eta[2 * i + array]) for i, (tile, _) in enumerate(members) for array in (A, B)]
     # Chunks of one array follow each other; only the round that runs is unfolded.
     while jobs := [job for job in (next(chunk, None) for chunk in chunks) if job is not None]:
         _call(ops.pulsed_update_, jobs)
@@ -102,7 +102,7 @@ def _call(op: Callable[..., None], jobs: list[tuple[Any, ...]]) -> None:
     op(*(list(column) for column in columns), [held for own in cells for held in own])
 
 
-def _factor_jobs(tile: TileModule, array: int, eta: Tensor) -> Iterator[tuple[Any, ...]]:
+def factor_jobs(tile: TileModule, array: int, eta: Tensor) -> Iterator[tuple[Any, ...]]:
     """Arguments of ``pulsed_update_`` for A or B, in chunks that must run one after the other."""
     first = 0  # sample index of the call; calls that cannot be merged start at whole blocks
     for call in tile.latch.merged():
