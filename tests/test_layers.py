@@ -23,7 +23,7 @@ LAYERS: list[set[str]] = [
     {"optim"},
     {"strategies"},
     {"callbacks"},
-    set(),  # commands of `lrtt`: every other module of the package's root
+    set(),  # commands of `lrtt`: every other module of the package's root; they may use each other
     {"__init__", "cli"},
 ]
 COMMANDS = next(rank for rank, row in enumerate(LAYERS) if not row)
@@ -65,7 +65,9 @@ def violations(name: str, source: str, parts: set[str]) -> list[str]:
         if words[0] != "lightning_lrtt":
             continue
         part = words[1] if len(words) > 1 and words[1] in parts else "__init__"  # a name re-exported by the package
-        if part != own and rank(part) >= rank(own) and not (part == "__init__" and rank(own) >= rank("callbacks")):
+        whole = part == "__init__" and rank(own) >= rank("callbacks")  # the package by its public names
+        command = rank(part) == rank(own) == COMMANDS  # they may share their parts
+        if part != own and rank(part) >= rank(own) and not whole and not command:
             wrong.append(f"{name}:{line} imports {target}: {part} stands above or beside {own}")
     return wrong
 
