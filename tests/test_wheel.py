@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def build(folder: Path, *settings: str) -> tuple[set[str], zipfile.ZipFile]:
     """Names in the source distribution, and the wheel made from it, as CONTRIBUTING.md says but without isolation."""
-    for module in ("build", "scikit_build_core", "pybind11"):
+    for module in ("build.__main__", "scikit_build_core", "pybind11"):  # a bare `build` may be the folder of objects
         pytest.importorskip(module, reason=f'{module} is not installed; pip install -c constraints.txt -e ".[test]"')
     words = [
         sys.executable,
