@@ -20,7 +20,7 @@ _IN_STEP = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "o
 def silent_hooks(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
     """Hooks of the module and of callbacks that would go silent, by name."""
     found = [f"{type(module).__name__}.{hook}" for hook in _IN_STEP if is_overridden(hook, module)]
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
         found += [f"{type(callback).__name__}.{hook}" for hook in _IN_STEP if is_overridden(hook, callback)]
     return found
 

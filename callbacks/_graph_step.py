@@ -13,7 +13,8 @@ from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.trainer.trainer import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_lrtt.callbacks._graph_records import Events, Options, Outputs, Placed, held_by
+from lightning_lrtt.callbacks._graph_records import Events, Options, Outputs, Placed
+from lightning_lrtt.callbacks._graph_state import IGNORED, StepState
 from lightning_lrtt.callbacks._graph_tape import Tape, detached, free, metric_names, plain, watched
 from torch import Tensor
 
@@ -34,7 +35,6 @@ from lightning_lrtt.graphs import (
     max_difference,
 )
 from lightning_lrtt.graphs.batches import shapes
-from lightning_lrtt.nn import find_tiles
 
 # Python numbers that Lightning hands out and that change from step to step.
 _FROZEN = {
@@ -42,7 +42,6 @@ _FROZEN = {
     for owner in (LightningModule, Trainer)
     for name in ("current_epoch", "global_step")
 }
-_IGNORED = frozenset({"_current_fx_name", "training"})
 
 
 class StepGraphs:
@@ -79,7 +78,6 @@ class StepGraphs:
         self._batches: dict[Hashable, StaticBatch] = {}
         self._placed: Placed | None = None
         self._chain: tuple[Hashable, ...] | None = None  # keys of this window's micro-batches so far, all from graphs
-        self._tiles = list(find_tiles(module).values())
         metrics = metric_names(module)
         self._watched = {
             name: child
@@ -90,13 +88,12 @@ class StepGraphs:
         self._hook = digital.register_load_state_dict_post_hook(lambda _: self.clear())
         self._stock_transfer = not any(
             is_overridden(hook, owner)
-            for owner in (module, trainer.datamodule)
-            if owner is not None  # type: ignore[attr-defined]
+            for owner in (module, trainer.datamodule)  # type: ignore[attr-defined]  # set by a connector
+            if owner is not None
             for hook in ("transfer_batch_to_device", "on_after_batch_transfer")
         )
         self._modules = list(self._watched.values())
-        # Looked up anew at every step, since a buffer may be replaced; not in modules that own nothing.
-        self._owned = [d for m in self._modules for d in (m._parameters, m._buffers) if d]
+        self._state = StepState(trainer, module, self._optimizer, self._watched)
         self._now: tuple[int, Any] = (0, None)
         self._circumstances_seen: list[tuple[int, Any]] = []
         self._hyper: Hashable = None
@@ -123,7 +120,7 @@ class StepGraphs:
         except Unsupported as why:
             self._placed = Placed(None, "", str(why))
             return transfer(batch) if self._stock_transfer else batch
-        position = self._position(self._trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        position = self._state.position(self._trainer.fit_loop.epoch_loop.batch_progress.current.ready)
         key = (position, key)  # operands of a window's micro-batches must all live until its update
         self._placed = Placed(key, shapes(leaves))
         if key not in self._batches:
@@ -132,9 +129,6 @@ class StepGraphs:
                 return transfer(batch) if self._stock_transfer else batch
             self._batches[key] = StaticBatch(leaves, spec, self._device)
         return self._batches[key].fill(leaves)
-
-    def _position(self, index: int) -> int:
-        return int(index % max(self._trainer.accumulate_grad_batches, 1))
 
     # -------------------------------------------------------------- a step
 
@@ -153,7 +147,7 @@ class StepGraphs:
             self._lrtt.refresh_lr()  # first: from the lr as the user's scheduler left it
         if self._form is not None:
             self._form.refresh()
-        position = self._position(self._trainer.fit_loop.epoch_loop.batch_idx)
+        position = self._state.position()
         chain = () if position == 0 else self._chain
         self._chain = None
         placed, self._placed = self._placed, None
@@ -194,7 +188,7 @@ class StepGraphs:
         """Why this step has to be eager, whatever its shape."""
         if closure._backward_fn is None:
             return "a step without backward (an averaging callback refreshes batch statistics)"
-        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
             wants = getattr(callback, "wants_eager_step", None)
             if wants is not None and wants():
                 return _WATCHED
@@ -215,7 +209,7 @@ class StepGraphs:
                 )
         elif self._hyper_changes < 2:
             self._hyper_changes = 0
-        tensors = self._tensors()
+        tensors = self._state.tensors()
         now = (
             self._trainer.accumulate_grad_batches,
             hyper,
@@ -254,7 +248,7 @@ class StepGraphs:
             self._warmed = True
             return self._eager(run)
         finder = Finder(self._device, _FROZEN)
-        state = HostState(self._watched, _IGNORED)
+        state = HostState(self._watched, IGNORED)
 
         def look() -> Any:
             with watched(self._module, finder), finder.watch():
@@ -295,16 +289,16 @@ class StepGraphs:
             detached(result.extra),
             tape,
             grads,
-            [(tile.latch, held_by(tile.latch)) for tile in self._tiles],
+            self._state.latches(),
             closure._zero_grad_fn is not None,
         )
 
     def _record(self, entry: Entry, closure: Any, run: Callable[[], Any]) -> bool:
         """Capture the step; True if it ran as a graph, False if it had to be run eagerly."""
         assert self._recorder is not None
-        undo = self._preserve()
+        undo = self._state.preserve()
         eager = None
-        states = self._optimizer_tensors()
+        states = self._state.of_optimizer()
         try:
             eager = self._eager_twin(closure, run, undo) if self._options.parity_steps else None
             start = time.perf_counter()
@@ -318,7 +312,7 @@ class StepGraphs:
                 raise GraphCaptureError(f"CUDAGraph: {entry.refused}") from error
             self._eager(run)
             return False
-        if [id(t) for t in self._optimizer_tensors()] != [id(t) for t in states]:
+        if [id(t) for t in self._state.of_optimizer()] != [id(t) for t in states]:
             entry.refused = "the optimizer replaces its state in every step instead of changing it in place"
             self._events.because(entry.refused)
         else:
@@ -334,7 +328,7 @@ class StepGraphs:
         assert entry.recording is not None
         eager = None
         if entry.checked < self._options.parity_steps:
-            eager = self._eager_twin(closure, run, self._preserve())
+            eager = self._eager_twin(closure, run, self._state.preserve())
         entry.recording.replay()
         self._events.replays += 1
         outputs = entry.recording.outputs
@@ -354,7 +348,7 @@ class StepGraphs:
                 call.version = call.x._version  # a static input was refilled since the capture, before this replay
             latch.__dict__.update(held, calls=list(held["calls"]))
         if outputs.zeroes and not first:
-            progress = self._zero_grad_progress()
+            progress = self._state.zero_grad_progress()
             progress.increment_ready()
             progress.increment_started()
             progress.increment_completed()
@@ -368,11 +362,11 @@ class StepGraphs:
     ) -> tuple[StateCopy, list[Tensor]]:
         """The results of the step taken eagerly; afterwards everything is as before it."""
         assert self._recorder is not None
-        copy = StateCopy(self._state(), self._device)
+        copy = StateCopy(self._state.all(), self._device)
         try:
             outputs = self._recorder.eager(partial(self._body, closure, run))
             # Detached: a graph that reaches a parameter from here would tie its gradient to this stream.
-            values = [t.detach().clone() for t in (*self._state(), outputs.loss, *outputs.tape.tensors())]
+            values = [t.detach().clone() for t in (*self._state.all(), outputs.loss, *outputs.tape.tensors())]
         finally:
             undo()
             copy.restore()
@@ -380,7 +374,7 @@ class StepGraphs:
 
     def _compare(self, entry: Entry, eager: tuple[StateCopy, list[Tensor]], outputs: Outputs) -> None:
         copy, values = eager
-        gap = max_difference(values, [*self._state(), outputs.loss, *outputs.tape.tensors()])
+        gap = max_difference(values, [*self._state.all(), outputs.loss, *outputs.tape.tensors()])
         entry.checked += 1
         self._events.parity_max_abs = max(gap, self._events.parity_max_abs or 0.0)
         if gap == 0.0:
@@ -389,45 +383,8 @@ class StepGraphs:
         self._events.because(reason)
         if self._options.on_failure == "raise":
             raise GraphCaptureError(f"CUDAGraph: {reason}")
-        copy.write(values[: len(self._state())])
+        copy.write(values[: len(self._state.all())])
         entry.recording, entry.refused = None, reason
-
-    def _state(self) -> list[Tensor]:
-        held = [*self._tensors(), *self._optimizer_tensors()]
-        if self._position(self._trainer.fit_loop.epoch_loop.batch_idx):  # later micro-batches add to gradients in place
-            held += [p.grad for p in self._module.parameters() if p.grad is not None]
-        return held
-
-    def _tensors(self) -> list[Tensor]:
-        """Parameters and buffers, those of metrics aside, which run outside the graph."""
-        return [t for owned in self._owned for t in owned.values() if t is not None]
-
-    # -------------------------------------------------------------- Python's side of a step
-
-    def _preserve(self) -> Callable[[], None]:
-        """What takes back the traces that a step leaves in Python objects."""
-        grads = [(p, p.grad) for p in self._module.parameters()]
-        latches = [(tile.latch, held_by(tile.latch)) for tile in self._tiles]
-        progress = self._zero_grad_progress()
-        counted = progress.state_dict()
-        state, hook = HostState(self._watched, _IGNORED), self._module._current_fx_name
-
-        def undo() -> None:
-            for p, grad in grads:
-                p.grad = grad
-            for latch, held in latches:
-                latch.__dict__.update(held, calls=list(held["calls"]))
-            progress.load_state_dict(counted)
-            state.restore()
-            self._module._current_fx_name = hook
-
-        return undo
-
-    def _zero_grad_progress(self) -> Any:
-        return self._trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.zero_grad
-
-    def _optimizer_tensors(self) -> list[Tensor]:
-        return [v for state in self._optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
 
     def clear(self) -> None:
         """Let go of all graphs."""

@@ -188,7 +188,7 @@ class CUDAGraph(Callback):
             self._timer,
             self._fall,
         )
-        trainer.strategy.executor = self._steps  # type: ignore[attr-defined]
+        trainer.strategy.executor = self._steps  # type: ignore[attr-defined]  # checked at setup: a strategy with ExecutorSeams
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -206,7 +206,7 @@ class CUDAGraph(Callback):
 
     def _close(self) -> None:
         if self._trainer is not None and getattr(self._trainer.strategy, "executor", None) is self._steps:
-            self._trainer.strategy.executor = None  # type: ignore[attr-defined]
+            self._trainer.strategy.executor = None  # type: ignore[attr-defined]  # checked at setup
         if self._steps is not None:
             self._steps.close()
             self._steps = None
@@ -229,7 +229,7 @@ class CUDAGraph(Callback):
                     "scope='optimizer' or on_failure='eager'"
                 )
         if self._steps is not None:
-            trainer.strategy.executor = None  # type: ignore[attr-defined]
+            trainer.strategy.executor = None  # type: ignore[attr-defined]  # checked at setup: a strategy with ExecutorSeams
             self._steps.close()
             self._steps = None
         if self._recorder is None:
@@ -252,7 +252,7 @@ class CUDAGraph(Callback):
             self._events.because("there are no tiles whose update could be recorded; every step is eager")
 
     def _watched(self) -> bool:
-        callbacks = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         return any(c.wants_eager_step() for c in callbacks if hasattr(c, "wants_eager_step"))
 
     # -------------------------------------------------------------- reports
@@ -276,13 +276,17 @@ class CUDAGraph(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         if every and not trainer.fit_loop._should_accumulate() and (self._now(trainer) + 1) % every == 0:
             self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
         events = self._events
-        values = {"captures": events.captures, "replays": events.replays, "eager_steps": events.eager_steps}
+        values: dict[str, float] = {
+            "captures": events.captures,
+            "replays": events.replays,
+            "eager_steps": events.eager_steps,
+        }
         if self._recorder is not None and events.captures:
             if events.captures != events.measured:  # walks the allocator's tables, so once a capture
                 events.pool_mib, events.measured = self._recorder.pool_bytes() / 2**20, events.captures

@@ -26,7 +26,8 @@ class _AutoTileMonitor(TileMonitor):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._stands_back = any(isinstance(other, TileMonitor) and other is not self for other in trainer.callbacks)  # type: ignore[attr-defined]
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        self._stands_back = any(isinstance(other, TileMonitor) and other is not self for other in callbacks)
         super().setup(trainer, pl_module, stage)
 
     @override

@@ -109,7 +109,7 @@ class FreeNudgedMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        every = self.every_n_steps or trainer.log_every_n_steps
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         if not every or (step + 1) % every or trainer.fit_loop._should_accumulate():
             return

@@ -188,7 +188,7 @@ class TileMonitor(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        every = self.every_n_steps or trainer.log_every_n_steps
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         # The rule of Lightning's logger connector. With accumulation every micro-batch of the step is watched.
         done = trainer.fit_loop.epoch_loop._batches_that_stepped
         self._armed = bool(every and self._tiles) and (done + 1) % every == 0
@@ -196,8 +196,8 @@ class TileMonitor(Callback):
             self._disarm()  # a logging step that was broken off
         if not self._armed or self._hooks:
             return
-        for optimizer in trainer.optimizers:
-            for tile, group in optimizer.tiles() if isinstance(optimizer, LRTT) else ():
+        for optimizer in (o for o in trainer.optimizers if isinstance(o, LRTT)):
+            for tile, group in optimizer.tiles():
                 if id(tile) in self._names:  # lr now: a scheduler steps before the batch ends
                     lr = optimizer.param_groups[group]["lr"] * optimizer.tile_lr_scale * statistics.effective_gain(tile)
                     hook = partial(self._watch_input, self._names[id(tile)], lr)

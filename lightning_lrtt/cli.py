@@ -44,7 +44,8 @@ class LRTTCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Run the test set if the configuration asks for it."""
-        if self.config.fit.test_after_fit and not self.trainer.fast_dev_run:
+        once = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+        if self.config.fit.test_after_fit and not once:
             best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best" if best else None)
 

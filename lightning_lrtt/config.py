@@ -344,7 +344,8 @@ class LRTTConfig:
     @property
     def factor_scale(self) -> float:
         """s_r, the factor of ``grad_scale``."""
-        return {"none": 1.0, "rsqrt": self.rank**-0.5, "sqrt": self.rank**0.5}[self.grad_scale]
+        factor: float = {"none": 1.0, "rsqrt": self.rank**-0.5, "sqrt": self.rank**0.5}[self.grad_scale]
+        return factor
 
     def reinit_std(self, k: int) -> float:
         """Standard deviation of a fresh element of B, before clipping, for ``k`` inputs.

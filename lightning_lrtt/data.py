@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_lrtt import _check
 
@@ -50,7 +50,7 @@ class ResumableLoader:
 
     def __init__(
         self,
-        dataset: Dataset[Any] | Any,
+        dataset: Any,
         batch_size: int = 1,
         shuffle: bool = True,
         seed: int = 0,
@@ -64,7 +64,7 @@ class ResumableLoader:
         _check.integer("ResumableLoader", "num_workers", num_workers, low=0)
         self.dataset, self.batch_size, self.drop_last = dataset, batch_size, drop_last
         self.shuffle, self.seed = shuffle, seed
-        self._rest = {"num_workers": num_workers, "collate_fn": collate_fn, "pin_memory": pin_memory}
+        self._rest: dict[str, Any] = {"num_workers": num_workers, "collate_fn": collate_fn, "pin_memory": pin_memory}
         self._epoch = self._batch = 0  # where the last iterator stands
         self._next = (0, 0)  # where the next one starts
 
@@ -91,7 +91,7 @@ class ResumableLoader:
         order = self._order(self._epoch)
         batches = [order[i * self.batch_size : (i + 1) * self.batch_size] for i in range(self._batch, len(self))]
         base = torch.Generator().manual_seed(_mix(self.seed, self._epoch))  # the workers' seeds
-        for batch in DataLoader(self.dataset, batch_sampler=batches, generator=base, **self._rest):  # type: ignore[arg-type]
+        for batch in DataLoader(self.dataset, batch_sampler=batches, generator=base, **self._rest):
             self._batch += 1
             yield batch
 

@@ -54,7 +54,7 @@ def find_device(name: str, numbers: Sequence[str] = ()) -> devices.Device:
             raise _check.fail(
                 "lrtt device", f"--set {field}", "a number, True, False or a tuple of numbers", text
             ) from None
-    return replace(device, **changes)  # type: ignore[no-any-return]
+    return replace(device, **changes)  # type: ignore[no-any-return]  # devices are dataclasses
 
 
 def main(args: Sequence[str]) -> None:

@@ -207,13 +207,13 @@ def _with(device: devices.Device, **numbers: float) -> devices.Device:
     """The device with other numbers; of a pair, its cells'."""
     if isinstance(device, devices.OneSided):
         return replace(device, device=_with(device.device, **numbers))
-    return replace(device, **numbers)  # type: ignore[type-var]
+    return replace(device, **numbers)  # type: ignore[type-var]  # devices are dataclasses
 
 
 def mean_cell(device: devices.Device) -> devices.Device:
     """The device without any spread from cell to cell."""
     inner = device.device if isinstance(device, devices.OneSided) else device
-    names = {f.name for f in fields(inner)}  # type: ignore[arg-type]
+    names = {f.name for f in fields(inner)}  # type: ignore[arg-type]  # devices are dataclasses
     spread = [name for name in names if name.endswith("_dtod") or name in ("reference_std", "corrupt_devices_prob")]
     return _with(device, **dict.fromkeys(spread, 0.0))
 

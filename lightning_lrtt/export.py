@@ -172,7 +172,7 @@ def export_checkpoint(
 
 def _read(source: Path, weights_only: bool) -> dict[str, Any]:
     if source.suffix == ".safetensors":
-        return _safetensors().load_file(source)  # type: ignore[no-any-return]
+        return _safetensors().load_file(source)  # type: ignore[no-any-return]  # safetensors carries no types
     try:
         loaded = torch.load(source, map_location="cpu", weights_only=weights_only)
     except pickle.UnpicklingError as error:

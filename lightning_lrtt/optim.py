@@ -14,10 +14,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, distributed
 from torch.optim import SGD, Optimizer
 
-from lightning_lrtt import _check
+from lightning_lrtt import _check, tile_step
 from lightning_lrtt.nn.tile import TileLink, TileModule
-from lightning_lrtt.ops import COUNTS, STEP, A, B, C
-from lightning_lrtt.ops.schema import BLOCK_SAMPLES
+from lightning_lrtt.ops import COUNTS, STEP
+from lightning_lrtt.tile_step import factor_jobs as _factor_jobs  # noqa: F401  where callbacks have looked for it
 
 __all__ = ["LRTT", "NonFiniteError"]
 
@@ -195,7 +195,7 @@ class LRTT(Optimizer):
         if not self._checked:  # LightningCLI builds optimizers before there are workers
             self._refuse_foreign()
             self._checked = True
-        tiles = [(tile, group) for tile, group in held if _has_update(tile)]
+        tiles = [(tile, group) for tile, group in held if tile_step.has_update(tile)]
         by_device: dict[torch.device, list[tuple[TileModule, int]]] = {}
         for tile, group in tiles:
             by_device.setdefault(tile.A.device, []).append((tile, group))
@@ -222,56 +222,12 @@ class LRTT(Optimizer):
         return loss
 
     def _step_tiles(self, members: list[tuple[TileModule, int]], device: torch.device) -> None:
-        ops = torch.ops.lrtt
         modules = [tile for tile, _ in members]
         self._notify("before_update", modules)
-        rates = {group: self._lr[group, device] for _, group in members}
-        pulsed = [(tile, rates[group]) for tile, group in members if tile.config.is_pulsed]
-        if pulsed:
-            self._pulse(pulsed, device)
-        exact = [(tile, rates[group]) for tile, group in members if not tile.config.is_pulsed]
-        if exact:
-            pairs = [(tile, lr, p) for tile, lr in exact for p in (tile.A, tile.B)]
-            ops.digital_update_(
-                [p.detach() for _, _, p in pairs],
-                [p.grad for _, _, p in pairs],
-                [lr for _, lr, _ in pairs],
-                [tile.tile_state for tile, _, _ in pairs],
-                [tile.tile_counts for tile, _, _ in pairs],
-                [tile.config.factor_scale for tile, _, _ in pairs],
-            )
-        _bound([tile for tile, _ in exact])
-        _relax(modules)
+        tile_step.update([(tile, self._lr[group, device]) for tile, group in members], device)
         self._notify("before_transfer", modules)
-        ops.transfer_(
-            [tile.A.detach() for tile in modules],
-            [tile.B.detach() for tile in modules],
-            [tile.matrix for tile in modules],
-            [tile.tile_state for tile in modules],
-            [tile.tile_counts for tile in modules],
-            [tile.hyper for tile in modules],
-            [tile.latch.samples if tile.config.transfer_unit == "samples" else 1 for tile in modules],
-            False,
-            [cells for tile in modules for cells in tile.cells(A, B, C)],
-        )
+        tile_step.transfer(modules)
         self._notify("after_transfer", modules)
-
-    def _pulse(self, members: list[tuple[TileModule, Tensor]], device: torch.device) -> None:
-        ops = torch.ops.lrtt
-        eta = torch.empty(2 * len(members), dtype=torch.float32, device=device).unbind()
-        first, grads, scale, rates = [], [], [], []
-        for tile, lr in members:
-            first += [tile.latch.grad_a, tile.latch.grad_b]
-            grads += [tile.A.grad, tile.B.grad]
-            scale += [tile.config.alpha * tile.config.factor_scale] * 2
-            rates += [lr, lr]
-        ops.pulse_scale_(list(eta), grads, first, rates, scale)
-        chunks = [
-            _factor_jobs(tile, array, eta[2 * i + array]) for i, (tile, _) in enumerate(members) for array in (A, B)
-        ]
-        # Chunks of one array follow each other; only the round that runs is unfolded.
-        while jobs := [job for job in (next(chunk, None) for chunk in chunks) if job is not None]:
-            _call(ops.pulsed_update_, jobs)
 
     @torch.no_grad()
     def refresh_lr(self) -> None:
@@ -356,60 +312,3 @@ def tiles_of(param_groups: list[dict[str, Any]]) -> list[tuple[TileModule, int]]
             if tile is not None and (id(tile) not in found or p is tile.weight):
                 found[id(tile)] = (tile, index)
     return list(found.values())
-
-
-def _bound(modules: list[TileModule]) -> None:
-    """Clip A and B of ``none_with_device`` to their cells' bounds after the floating-point update."""
-    for tile in modules:
-        if tile.config.fast_device is not None:
-            for array, w in ((A, tile.A.detach()), (B, tile.B.detach())):
-                torch.ops.lrtt.clip_(w, tile.tile_state, tile.hyper, array, True, [])
-
-
-def _relax(modules: list[TileModule]) -> None:
-    """Decay and diffusion of the arrays whose device has them, once per step."""
-    jobs = []
-    for tile in modules:
-        fast, visible = tile.config.fast_device, tile.config.visible_device
-        arrays = [(A, tile.A.detach()), (B, tile.B.detach())] if fast is not None and fast.relaxes else []
-        arrays += [(C, tile.matrix)] if visible is not None and visible.relaxes else []
-        jobs += [(w, tile.tile_state, tile.hyper, array, tile.cells(array)) for array, w in arrays]
-    if jobs:
-        _call(torch.ops.lrtt.relax_, jobs)
-
-
-def _call(op: Callable[..., None], jobs: list[tuple[Any, ...]]) -> None:
-    """An operator on jobs whose last entry lists what the cells of their array hold."""
-    *columns, cells = zip(*jobs, strict=True)
-    op(*(list(column) for column in columns), [held for own in cells for held in own])
-
-
-def _has_update(tile: TileModule) -> bool:
-    if tile.config.is_pulsed:
-        return bool(tile.latch.calls) and tile.A.grad is not None and tile.B.grad is not None
-    return tile.A.grad is not None and tile.B.grad is not None
-
-
-def _factor_jobs(tile: TileModule, array: int, eta: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Arguments of ``pulsed_update_`` for A or B, in chunks that must run one after the other."""
-    first = 0  # sample index of the call; calls that cannot be merged start at whole blocks
-    for call in tile.latch.merged():
-        if array == A:
-            x, d = tile.samples(call.xb), tile.samples(call.d)
-            yield (tile.A.detach(), x, d, eta, tile.tile_state, tile.tile_counts, tile.hyper, A, first, tile.cells(A))
-        else:
-            d = tile.samples(call.da)
-            for offset, x in tile.patches(call.x):
-                yield (
-                    tile.B.detach(),
-                    x,
-                    d[offset : offset + x.shape[0]],
-                    eta,
-                    tile.tile_state,
-                    tile.tile_counts,
-                    tile.hyper,
-                    B,
-                    first + offset,
-                    tile.cells(B),
-                )
-        first += -(-d.shape[0] // BLOCK_SAMPLES) * BLOCK_SAMPLES

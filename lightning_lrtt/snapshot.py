@@ -217,7 +217,7 @@ class Snapshot:
         states: dict[str, Any] = {"random": random.getstate(), "numpy.random": tuple(np.random.get_state())[1:3]}
         if id(torch.default_generator) not in known:
             states["torch's CPU generator"] = torch.get_rng_state().numpy().tobytes()
-        if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+        if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
             for index, generator in enumerate(torch.cuda.default_generators):
                 if id(generator) not in known:
                     states[f"torch's generator of cuda:{index}"] = (generator.initial_seed(), generator.get_offset())

@@ -38,6 +38,18 @@ class Net(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
+class InConfigureModel(Net):
+    """Makes its layers late, as large models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net: Any = None
+
+    def configure_model(self) -> None:
+        if self.net is None:
+            self.net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
 def loader(batches: int = 20) -> DataLoader:
     """Gaussian inputs, the same at every call, in order."""
     generator = torch.Generator().manual_seed(1)

@@ -1,5 +1,5 @@
-// Workers as threads: each writes its slots, meets the others, adds up its part of all slots, meets them again and reads
-// the result. ThreadSanitizer reports what the barrier does not order.
+// Workers as threads: each writes its slots, meets the others, adds up its part of all slots, meets them again and
+// reads the result. ThreadSanitizer reports what the barrier does not order.
 #include <cstdio>
 #include <thread>
 

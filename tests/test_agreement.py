@@ -6,11 +6,10 @@ What is compared, and where the limits come from, stands in `peers/agreement.py`
 from __future__ import annotations
 
 import os
-import subprocess
-from pathlib import Path
 
 import pytest
 from peers import agreement
+from peers.common import assert_within, fresh_table
 
 from lightning_lrtt import PulseConfig, devices, presets
 
@@ -40,12 +39,6 @@ KIND_OF_PRESET = {
     "reram_array_om": "SoftBoundsReference",
     "reram_array_hfo2": "SoftBoundsReference",
 }
-
-
-def assert_within(rows):
-    """Every comparison holds; the message lists those that do not."""
-    far = [f"{row.what}: {row.distance:.4g} > {row.limit:.4g}" for row in rows if not row.distance <= row.limit]
-    assert not far, "; ".join(far)
 
 
 @pytest.mark.parametrize("name", TABLE["cases"])
@@ -111,11 +104,7 @@ def test_preset_numbers_agree(name):
 )
 def test_fresh_table_agrees(tmp_path):
     """Runs aihwkit anew. 5 standard errors: of 1000 comparisons of fresh draws 4 would fail one in every 20 runs."""
-    script, fresh = Path(agreement.__file__).with_name("aihwkit_statistics.py"), tmp_path / "table.json"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    subprocess.run([os.environ["LRTT_AIHWKIT_PYTHON"], script, fresh], check=True, cwd=tmp_path, env=environment)
-    table = agreement.load(fresh)
+    table = agreement.load(fresh_table("aihwkit_statistics.py", tmp_path))
     assert table["defaults"] == TABLE["defaults"]
     for name in table["cases"]:
         assert_within(agreement.compare_case(table, name, limit=5.0))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from weights_helpers import decoded, random_blocks
 
-from lightning_lrtt.ops.kernels import DECODERS
+from lightning_lrtt.ops.weight_kernels import DECODERS
 from lightning_lrtt.weights import dequantize_into
 
 COMPILED = [Kind(number) for number in DECODERS]

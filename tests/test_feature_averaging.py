@@ -10,7 +10,7 @@ import pytest
 import torch
 from features import both, feature
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from lightning_helpers import Net, loader, trainer
+from lightning_helpers import InConfigureModel, Net, loader, trainer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -148,17 +148,7 @@ def test_swa(tmp_path: Path, config: LRTTConfig) -> None:
 @feature("Averaging", "layers made in configure_model", tiles="digital")
 def test_late_layers(tmp_path: Path) -> None:
     """WeightAveraging copies the layers before they become tiles; the copy is converted too."""
-
-    class Late(Net):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net: Any = None
-
-        def configure_model(self) -> None:
-            if self.net is None:
-                self.net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-
-    record, model = Record(), Late()
+    record, model = Record(), InConfigureModel()
     trainer(tmp_path, [record, WeightAveraging()]).fit(model, loader(6))
     assert_equal(effective(model), mean(record.steps))
 

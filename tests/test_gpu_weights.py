@@ -13,7 +13,7 @@ from helpers import same_bits
 from weights_helpers import Llama, random_blocks, write_gguf, write_llama
 
 from lightning_lrtt import LRTTConfig, build_info, convert_to_lrtt, devices
-from lightning_lrtt.ops.kernels import DECODERS
+from lightning_lrtt.ops.weight_kernels import DECODERS
 from lightning_lrtt.weights import LazyCheckpoint, dequantize_into, load_pretrained
 
 pytestmark = [

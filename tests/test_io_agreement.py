@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from pathlib import Path
 
 import pytest
 from peers import io_agreement
+from peers.common import assert_within, fresh_table
 
 from lightning_lrtt import IOConfig
 
 TABLE = io_agreement.load()
-
-
-def assert_within(rows):
-    """Every comparison holds; the message lists those that do not."""
-    far = [f"{row.what}: {row.distance:.4g} > {row.limit:.4g}" for row in rows if not row.distance <= row.limit]
-    assert not far, "; ".join(far)
 
 
 @pytest.mark.parametrize("name", TABLE["cases"])
@@ -56,11 +49,7 @@ def test_the_comparison_notices(name, field, value):
 )
 def test_fresh_table_agrees(tmp_path):
     """Runs aihwkit anew. 5 standard errors: 4 would fail one in every ten runs of 2500 comparisons."""
-    script, fresh = Path(io_agreement.__file__).with_name("aihwkit_io.py"), tmp_path / "table.json"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    environment.pop("PYTHONPATH", None)
-    subprocess.run([os.environ["LRTT_AIHWKIT_PYTHON"], script, fresh], check=True, cwd=tmp_path, env=environment)
-    table = io_agreement.load(fresh)
+    table = io_agreement.load(fresh_table("aihwkit_io.py", tmp_path))
     assert table["defaults"] == TABLE["defaults"]
     for name in table["cases"]:
         assert_within(io_agreement.compare(table, name, limit=5.0))

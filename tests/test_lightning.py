@@ -14,7 +14,7 @@ from features import both, feature
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_helpers import DIGITAL, PULSED, Net, loader, trainer
+from lightning_helpers import DIGITAL, PULSED, InConfigureModel, Net, loader, trainer
 from lightning_lrtt.callbacks import TileMonitor
 from torch import nn
 
@@ -98,18 +98,6 @@ def test_include_exclude_and_tile_lr_scale(tmp_path: Path) -> None:
 def test_a_pattern_that_matches_nothing_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"include must match layers, but 'encoder\.\*' matches none of"):
         trainer(tmp_path, [], strategy=LRTTStrategy(include=["encoder.*"])).fit(Net(), loader())
-
-
-class InConfigureModel(Net):
-    """Makes its layers late, as large models do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net: Any = None
-
-    def configure_model(self) -> None:
-        if self.net is None:
-            self.net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 class InSetup(InConfigureModel):

@@ -28,7 +28,7 @@ def live_weight(layer: nn.Module) -> Tensor:
     if isinstance(layer, TileModule):
         product = layer.config.alpha * (layer.A @ layer.B)
         return layer.weight + product.view(layer.weight.shape)
-    weight: Tensor = layer.weight  # type: ignore[assignment]
+    weight: Tensor = layer.weight  # type: ignore[assignment]  # every layer here has a weight
     return weight
 
 
@@ -88,7 +88,7 @@ def couple(layer: nn.Module, x: Tensor, d: Tensor) -> Tensor:
     if isinstance(layer, TileModule):
         return (d * layer.multiply(x)).sum()
     if isinstance(layer, nn.Linear):
-        product: Tensor = _OuterProduct.apply(layer.weight, x, d)  # type: ignore[no-untyped-call]
+        product: Tensor = _OuterProduct.apply(layer.weight, x, d)  # type: ignore[no-untyped-call]  # torch's
         return product
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
     convolved: Tensor = layer._conv_forward(x, layer.weight, None)

@@ -20,7 +20,7 @@ Kind = Literal[
     "coupled_negative",
     "coupled_centered",
 ]
-KINDS: tuple[str, ...] = Kind.__args__  # type: ignore[attr-defined]
+KINDS: tuple[str, ...] = Kind.__args__  # type: ignore[attr-defined]  # of a Literal
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ class HopfieldMLP(System):
         _check.number(name, "gain", gain, above=0.0)
         with torch.no_grad():
             for layer in self.layers[1:]:
-                layer.weight.mul_(gain)  # type: ignore[operator]
+                layer.weight.mul_(gain)  # type: ignore[operator]  # every layer here has a weight
         self.holomorphic = self.hidden.holomorphic and self.out.holomorphic
         self._solves = solves_output(self.out, self.cost_function)
         self._outputs = "odd" if len(self.layers) % 2 else "even"
@@ -134,7 +134,8 @@ class HopfieldMLP(System):
 
     def encode(self, *, target: Tensor) -> Tensor:
         """Class indices as one-hot rows in the parameters' dtype."""
-        return one_hot(target, self.sizes[-1], self.layers[-1].weight.dtype)  # type: ignore[arg-type]
+        dtype = self.layers[-1].weight.dtype
+        return one_hot(target, self.sizes[-1], dtype)  # type: ignore[arg-type]  # every layer here has a weight
 
     def cost(self, *, states: States, target: Tensor) -> Tensor:
         """Cost of each sample."""

@@ -115,7 +115,7 @@ class HopfieldConvNet(System):
         )
         with torch.no_grad():
             for layer in list(self.layers)[1:]:
-                layer.weight.mul_(gain)  # type: ignore[operator]
+                layer.weight.mul_(gain)  # type: ignore[operator]  # every layer here has a weight
         self.shapes: list[tuple[int, ...]] = [(c, image[1] >> i + 1, image[2] >> i + 1) for i, c in enumerate(channels)]
         self.shapes += [(size,) for size in flat[1:]]
         self.convolutions = len(channels)

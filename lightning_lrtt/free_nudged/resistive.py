@@ -228,4 +228,4 @@ class ResistiveMLP(System):
             v = [inputs, *phase.states.values()]
             for i, layer in enumerate(self.crossbars):
                 total = total + complex(phase.weight).real * layer.power(v[i], v[i + 1]).mean()
-        return total  # type: ignore[no-any-return]
+        return total  # type: ignore[no-any-return]  # a sum of tensors

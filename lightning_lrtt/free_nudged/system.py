@@ -205,7 +205,7 @@ class System(nn.Module):
             # Python numbers, not tensors: those would be copied from the host within a captured step.
             weight = complex(phase.weight)
             total = total + (energy * weight if energy.is_complex() else energy * weight.real)
-        return total.real if total.is_complex() else total  # type: ignore[no-any-return]
+        return total.real if total.is_complex() else total  # type: ignore[no-any-return]  # a sum of tensors
 
     # -------------------------------------------------------------- diagnostics
 

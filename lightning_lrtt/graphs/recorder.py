@@ -80,7 +80,7 @@ class CudaMark:
     """An event on the current stream."""
 
     def __init__(self) -> None:
-        self._event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._event: Any = torch.cuda.Event(enable_timing=True)
         self._event.record()
 
     def ready(self) -> bool:
@@ -112,7 +112,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(self.device)
         self._pools: list[Any] = []
 
     def eager(self, function: Callable[[], Any]) -> Any:
@@ -186,7 +186,7 @@ class CudaRecorder:
     def pool_bytes(self) -> int:
         """Segments of the recordings' pool. Walks the allocator's tables: for captures, not for steps."""
         pools = {tuple(pool) for pool in self._pools}
-        segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        segments = torch.cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", ())) in pools)
 
 

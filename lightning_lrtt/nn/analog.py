@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 _EXACT = {torch.bfloat16: 2**8, torch.float16: 2**11}
 
 
-@torch.compiler.disable  # as latched_read; and the rounds of bound management depend on data on the CPU
+# As latched_read; and the rounds of bound management depend on data on the CPU.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves its options unannotated
 def analog_read(tile: TileModule, x: Tensor) -> Tensor:
     """The tile's output through its converters; backward reads through those of the other direction.
 
     In training mode and in evaluation mode alike there is noise. The two count their reads apart, so that an evaluation
     pass changes nothing of the training that follows.
     """
-    return _AnalogRead.apply(x, tile.weight, tile.A, tile.B, tile)  # type: ignore[no-any-return,no-untyped-call]
+    y: Tensor = _AnalogRead.apply(x, tile.weight, tile.A, tile.B, tile)  # type: ignore[no-untyped-call]  # torch's
+    return y
 
 
 class _Reader:
@@ -56,7 +58,7 @@ class _Reader:
         self, x: Tensor, array: int, first: int, round: int = 0, pending: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x ``[n, k]`` behind the input converter, and the samples' scales and noise ``[2, n]``."""
-        return torch.ops.lrtt.io_input(  # type: ignore[no-any-return]
+        return torch.ops.lrtt.io_input(  # type: ignore[no-any-return]  # operators carry no types
             x, self.ticket, self.state, self.numbers, array, round, self.first_sample + first, pending, self.dtype
         )
 
@@ -93,7 +95,7 @@ class _Reader:
     def _output(
         self, y: Tensor, products: Tensor, per: Tensor, array: int, round: int, first: int, pending: Tensor | None
     ) -> Tensor:
-        return torch.ops.lrtt.io_output_(  # type: ignore[no-any-return]
+        return torch.ops.lrtt.io_output_(  # type: ignore[no-any-return]  # operators carry no types
             y, products, per, self.ticket, self.state, self.numbers, array, round, self.first_sample + first, pending
         )
 

@@ -85,7 +85,8 @@ def average_effective_weights(averaged: AveragedModel) -> AveragedModel:
         False
     """
     if "update_parameters" not in averaged.__dict__:
-        averaged.update_parameters = MethodType(_update_parameters, averaged)  # type: ignore[method-assign]
+        update = MethodType(_update_parameters, averaged)
+        averaged.update_parameters = update  # type: ignore[method-assign]  # of this instance only
     return averaged
 
 

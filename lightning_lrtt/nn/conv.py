@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ class _LRTTConv(TileModule):
     """What both convolutions share; ``ndim`` spatial dimensions."""
 
     ndim: int
-    digital_class: type[nn.Conv1d] | type[nn.Conv2d]
+    digital_class: ClassVar[Callable[..., nn.Conv1d | nn.Conv2d]]
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class _LRTTConv(TileModule):
         return w.view(-1, self.in_channels, *self.kernel_size)
 
     def _convolve(self, x: Tensor, kernel: Tensor, spatial: bool = True) -> Tensor:
-        convolve: Any = F.conv1d if self.ndim == 1 else F.conv2d
+        convolve: Callable[..., Tensor] = F.conv1d if self.ndim == 1 else F.conv2d
         if not spatial:
             return convolve(x, kernel)
         return convolve(x, kernel, None, self.stride, self._pads, self.dilation)

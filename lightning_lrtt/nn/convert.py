@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -65,7 +65,7 @@ def convert_to_lrtt(
         'LRTTLinear'
     """
     kinds = _kinds()
-    layers = {name: child for name, child in module.named_modules() if isinstance(child, tuple(kinds))}
+    layers: dict[str, Any] = {name: child for name, child in module.named_modules() if isinstance(child, tuple(kinds))}
     known = list(layers) + list(find_tiles(module))
     for kind, patterns in (("include", include), ("exclude", exclude)):
         for pattern in patterns or ():
@@ -99,7 +99,7 @@ def convert_to_lrtt(
             own = dataclasses.replace(config, rank=min(d, k))
             lowered.append(f"{name or type(child).__name__} ({min(d, k)})")
         converted[id(child)] = kinds[type(child)].from_digital(child, own, tile=numbers[id(child)])
-    result = converted.get(id(module))
+    result: nn.Module | None = converted.get(id(module))
     if result is None:
         for parent in list(module.modules()):
             for name, child in list(parent._modules.items()):  # named_children would skip a second use
@@ -143,10 +143,10 @@ def convert_to_digital(module: nn.Module) -> nn.Module:
 def _put(parent: nn.Module, name: str, child: nn.Module) -> None:
     setattr(parent, name, child)
     if hasattr(parent, "dynamo_ctx"):  # torch.compile of the layer itself: the wrapper holds the old layer's forward
-        parent._initialize()
+        cast(Any, parent)._initialize()
 
 
-def _refuse(module: nn.Module, wanted: dict[str, nn.Module]) -> dict[str, str]:
+def _refuse(module: nn.Module, wanted: dict[str, Any]) -> dict[str, str]:
     """Layers of ``wanted`` that must stay digital, with the reason."""
     refused: dict[str, str] = {}
     kinds = _kinds()
@@ -187,8 +187,9 @@ _FAST_PATHS: dict[type[nn.Module], str] = {
 def _disable_fast_paths(module: nn.Module) -> None:
     for layer in module.modules():
         for kind, mark in _FAST_PATHS.items():
-            if isinstance(layer, kind) and find_tiles(layer) and getattr(layer, mark, 0):
-                layer._lrtt_fast_path = getattr(layer, mark)
+            value: Any = getattr(layer, mark, 0)
+            if value and isinstance(layer, kind) and find_tiles(layer):
+                layer._lrtt_fast_path = value
                 setattr(layer, mark, 0)
 
 

@@ -19,10 +19,12 @@ def digital_read(tile: TileModule, x: Tensor) -> Tensor:
     return tile.with_mix(y, tile.project(x, tile.B), tile.A, tile.config.alpha)
 
 
-@torch.compiler.disable  # a compiled graph would drop the latch, and with it every update
+# A compiled graph would drop the latch, and with it every update.
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves its options unannotated
 def latched_read(tile: TileModule, x: Tensor) -> Tensor:
     """The tile's output; backward also counts the samples and, on a pulsed tile, latches x, X_B, D and D_A."""
-    return _LatchedRead.apply(x, tile.weight, tile.A, tile.B, tile)  # type: ignore[no-any-return,no-untyped-call]
+    y: Tensor = _LatchedRead.apply(x, tile.weight, tile.A, tile.B, tile)  # type: ignore[no-untyped-call]  # torch's
+    return y
 
 
 def _accumulates(leaves: tuple[tuple[Any, int], ...]) -> bool:
@@ -61,14 +63,15 @@ class _LatchedRead(torch.autograd.Function):
         grad = grad.to(x.dtype)
         dz, grad_a = tile.mix_backward(grad, z, a)
         need_x = ctx.needs_input_grad[0]
-        _, grad_b = tile.project_backward(dz, x, b, (False, True))
+        _, by_b = tile.project_backward(dz, x, b, (False, True))
+        assert by_b is not None
         grad_x = None
         if need_x:
-            grad_x, _ = tile.project_backward(grad, x, c, (True, False))
-            assert grad_x is not None
-            grad_x = tile.with_project_backward(grad_x, dz, x, b, alpha, ctx.in_dtype)
+            by_x, _ = tile.project_backward(grad, x, c, (True, False))
+            assert by_x is not None
+            grad_x = tile.with_project_backward(by_x, dz, x, b, alpha, ctx.in_dtype)
         grad_a = (alpha * grad_a).to(tile.A.dtype)
-        grad_b = (alpha * grad_b).to(tile.B.dtype)
+        grad_b = (alpha * by_b).to(tile.B.dtype)
         if _accumulates(ctx.next_functions[2:4]):
             tile.latch.enter(torch._C._current_graph_task_id(), tile.A.grad is None)
             tile.latch.samples += z.numel() // a.shape[1]

@@ -40,7 +40,7 @@ def encode(description: dict[str, Any]) -> Tensor:
 
 def decode(encoded: Tensor) -> dict[str, Any]:
     """What `encode` was given."""
-    return json.loads(bytes(encoded.cpu().tolist()))  # type: ignore[no-any-return]
+    return json.loads(bytes(encoded.cpu().tolist()))  # type: ignore[no-any-return]  # an object, by its own encoder
 
 
 def disagreements(saved: dict[str, Any], own: dict[str, Any]) -> list[str]:

@@ -71,5 +71,6 @@ class Latch:
         shapes = {(c.x.shape[1:], c.xb.shape[1:], c.x.dtype, c.d.dtype) for c in self.calls}
         if len(self.calls) == 1 or len(shapes) > 1:
             return self.calls
-        self.calls = [Operands(*(torch.cat([getattr(c, name) for c in self.calls]) for name in ("x", "xb", "d", "da")))]
+        x, xb, d, da = (torch.cat([getattr(c, name) for c in self.calls]) for name in ("x", "xb", "d", "da"))
+        self.calls = [Operands(x, xb, d, da)]
         return self.calls

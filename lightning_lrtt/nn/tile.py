@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,48 +13,21 @@ from lightning_lrtt.config import LRTTConfig
 from lightning_lrtt.nn import identity
 from lightning_lrtt.nn.analog import analog_read
 from lightning_lrtt.nn.function import digital_read, latched_read
+from lightning_lrtt.nn.key import tile_key
 from lightning_lrtt.nn.latch import Latch
+from lightning_lrtt.nn.link import TileLink
+from lightning_lrtt.nn.multiplication import Multiplication
 from lightning_lrtt.ops import COUNTS, CYCLE, KEY, STATE_SIZE, A, B, C
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
+__all__ = ["TileLink", "TileModule", "find_tiles", "tile_key"]
+
 _CELLS = ("A_cells", "B_cells", "C_cells")  # buffers, by array
 
 
-def tile_key(seed: int, tile: int) -> int:
-    """The 64-bit random key of tile number ``tile`` under ``seed``, as a signed int64 (splitmix64's finaliser)."""
-    z = (seed + (tile + 1) * _GOLDEN) & _MASK
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
-    z ^= z >> 31
-    return z - (1 << 64) if z >> 63 else z
-
-
-class TileLink:
-    """What ``parameter.tile`` is: a way from C, A or B to the module that owns them.
-
-    It holds no strong reference and copies to nothing, so that deepcopy and pickle of a parameter do not drag the module
-    along; the module sets the link anew whenever its parameters change.
-    """
-
-    __slots__ = ("_module",)
-
-    def __init__(self, module: TileModule | None = None) -> None:
-        self._module = weakref.ref(module) if module is not None else None
-
-    @property
-    def module(self) -> TileModule | None:
-        """The owner, or None if it is gone."""
-        return self._module() if self._module is not None else None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (TileLink, ())
-
-
-class TileModule(nn.Module):
+class TileModule(Multiplication):
     """Base of the LR-TT layers: parameters ``weight`` (C), ``A``, ``B``, the tile's counters and its latch.
 
     ``weight`` keeps the shape of the digital layer; as a matrix it is C ``[d, k]``. Subclasses say how the layer multiplies.
@@ -81,6 +52,9 @@ class TileModule(nn.Module):
     bias: nn.Parameter | None
     tile_state: Tensor
     tile_counts: Tensor
+    A_cells: Tensor | None  # what the cells hold beside the weight that is read: `cells`
+    B_cells: Tensor | None
+    C_cells: Tensor | None
     tile_reads: Tensor | None  # how often converters read the tile, in training and in evaluation
     transposed = False  # whether the digital layer stores its weight as [in, out]
 
@@ -167,7 +141,7 @@ class TileModule(nn.Module):
         state[KEY] = self._key
         return state
 
-    def adopt(self, digital: nn.Module) -> Self:
+    def adopt(self, digital: Any) -> Self:
         """Take over weight and bias of a digital layer, keeping their Parameter identity, with fresh factors."""
         device = digital.weight.device
         learns = digital.weight.requires_grad  # a frozen layer stays frozen
@@ -186,6 +160,10 @@ class TileModule(nn.Module):
         self.write_visible()
         self.reset_factors()
         return self.train(digital.training)
+
+    def to_digital(self) -> nn.Module:
+        """A plain torch layer with the effective weight."""
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Start over: C and bias as in the digital layer, C clipped to its device, fresh factors and counters."""
@@ -333,70 +311,7 @@ class TileModule(nn.Module):
         """The accumulators by name (see ``ops.COUNTS``). Reads from the device: not for a training step."""
         return dict(zip(COUNTS, self.tile_counts.tolist(), strict=True))
 
-    # -------------------------------------------------------------- multiplication, for subclasses
-
-    def project(self, x: Tensor, w: Tensor) -> Tensor:
-        """x times a matrix ``[rows, k]``: ``x w^T`` for a linear layer, a convolution with ``rows`` outputs otherwise."""
-        raise NotImplementedError
-
-    def project_backward(
-        self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of `project` by x and by w (as ``[rows, k]``); None where not needed."""
-        raise NotImplementedError
-
-    def mix(self, z: Tensor, a: Tensor) -> Tensor:
-        """z times A^T: r features to d."""
-        raise NotImplementedError
-
-    def mix_backward(self, grad: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of `mix` by z and by A."""
-        raise NotImplementedError
-
-    def add_mix(self, y: Tensor, z: Tensor, a: Tensor, alpha: float) -> None:
-        """``y += alpha mix(z, a)`` in place."""
-        y.add_(self.mix(z, a), alpha=alpha)
-
-    def add_project_backward(self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float) -> None:
-        """``grad_x += alpha`` times the gradient of `project` by x, in place."""
-        by_x, _ = self.project_backward(grad, x, w, (True, False))
-        assert by_x is not None
-        grad_x.add_(by_x, alpha=alpha)
-
-    def with_project_backward(
-        self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float, dtype: torch.dtype
-    ) -> Tensor:
-        """``grad_x`` after `add_project_backward`, in ``dtype``; may write into ``grad_x``."""
-        self.add_project_backward(grad_x, grad, x, w, alpha)
-        return grad_x.to(dtype)
-
-    def with_mix(self, y: Tensor, z: Tensor, a: Tensor, alpha: float) -> Tensor:
-        """``y + alpha mix(z, a)`` by ordinary autograd."""
-        return y + self.mix(alpha * z, a)
-
-    def add_bias(self, y: Tensor) -> Tensor:
-        """y plus the bias, broadcast over samples."""
-        raise NotImplementedError
-
-    def samples(self, features: Tensor) -> Tensor:
-        """``[N, features]`` view or copy of an activation, one row a sample."""
-        raise NotImplementedError
-
-    def patches(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Bounded chunks of the unfolded input: (index of the first sample, ``[n, k]``)."""
-        raise NotImplementedError
-
-    def chunks(self, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Bounded pieces of x for analog reads: (index of the first sample, piece of x, its samples ``[n, k]``)."""
-        raise NotImplementedError
-
-    def unsamples(self, rows: Tensor, x: Tensor) -> Tensor:
-        """``[N, features]`` in the shape of the layer's output for x; `samples` undoes it."""
-        raise NotImplementedError
-
-    def fold(self, rows: Tensor, x: Tensor) -> Tensor:
-        """The gradient of x from that of its samples ``[n, k]``."""
-        raise NotImplementedError
+    # -------------------------------------------------------------- reading
 
     def read(self, x: Tensor) -> Tensor:
         """The layer's output for x, in a way that lets a pulsed tile latch its operands."""
@@ -411,6 +326,7 @@ class TileModule(nn.Module):
         tile, as ``p.grad`` of A and B on every tile.
         """
         learns = torch.is_grad_enabled() and self.A.requires_grad
+        y: Tensor
         if self.config.io is not None:
             y = analog_read(self, x)
         elif learns and (self.config.is_pulsed or self.config.transfer_unit == "samples"):
@@ -431,20 +347,19 @@ class TileModule(nn.Module):
                 parameter.data = parameter.data.contiguous()
             old = getattr(parameter, "tile", None)
             if not (keep and isinstance(old, TileLink) and old.module is not None):
-                parameter.tile = link  # type: ignore[attr-defined]
+                parameter.tile = link  # type: ignore[method-assign, assignment]  # over Tensor.tile, for this parameter
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__() if hasattr(super(), "__getstate__") else self.__dict__.copy()
-        return {**state, "latch": Latch()}  # operands of an unfinished step stay behind
+        return {**self.__dict__, "latch": Latch()}  # operands of an unfinished step stay behind
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # torch's
         self._link(keep=True)  # copy.copy shares the parameters with the original
 
     def _apply(self, fn: Any, recurse: bool = True) -> TileModule:
         probe = torch.empty(0, dtype=self.A.dtype, device=self.A.device)
         _check_dtype(type(self).__name__, fn(probe).dtype, self.config)  # before anything is rounded
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's
         self._link()
         return self
 

@@ -66,7 +66,8 @@ class LRTTTransposedLinear(LRTTLinear):
         with torch.device("meta"):
             new = Conv1D(self.out_features, self.in_features)
         new.weight = nn.Parameter(self.effective_weight().t().contiguous(), self.A.requires_grad)
-        new.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        if self.bias is not None:  # a Conv1D always has one
+            new.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return new.train(self.training)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -13,7 +13,6 @@ from lightning_lrtt._compiled import build_info
 from lightning_lrtt.ops import schema
 
 _ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # ElementType of csrc/jobs.h
-DECODERS: dict[int, tuple[int, int]] = _C.decoders()  # GGML type -> (elements, bytes) of a block
 _MAX_SAMPLES = 2**26  # the random counter holds 26 bits of sample index (csrc/math.h)
 
 
@@ -182,9 +181,9 @@ def _tile_jobs(
     op: str,
     a: list[Tensor],
     b: list[Tensor],
-    c: list[Tensor | None],
+    c: Sequence[Tensor | None],
     state: list[Tensor],
-    counts: list[Tensor | None],
+    counts: Sequence[Tensor | None],
     hyper: list[Tensor],
     samples: Sequence[int],
     cells: list[Tensor] | None,
@@ -374,49 +373,6 @@ def reset_cells_(
     _run(w, "reset_cells", job, (first, last, share, number))
 
 
-def dequantize_(out: Tensor, blocks: Tensor, type: int, rows: Tensor | None) -> None:
-    op = "dequantize_"
-    if type not in DECODERS:
-        raise ValueError(f"lrtt::{op}: type must be one of {sorted(DECODERS)} (GGML's numbers), got {type}")
-    if out.dtype not in (torch.float32, torch.bfloat16):
-        raise TypeError(f"lrtt::{op}: out must be float32 or bfloat16, got {out.dtype}")
-    if out.dim() != 2 or out.stride(1) != 1:
-        raise ValueError(
-            f"lrtt::{op}: out must be [rows, columns] with whole rows in memory, got shape {list(out.shape)} and "
-            f"strides {out.stride()}"
-        )
-    size, width = DECODERS[type]
-    count, rest = divmod(out.shape[1], size)
-    if rest:
-        raise ValueError(f"lrtt::{op}: out must have rows of whole blocks of {size}, got {out.shape[1]} columns")
-    _same_device(op, out, blocks=blocks, **({} if rows is None else {"rows": rows}))
-    n = out.shape[0] if rows is None else rows.numel()
-    pointer = 0 if rows is None else _contiguous(op, "rows", rows, torch.int64)
-    if rows is not None and not rows.is_cuda and n and not (int(rows.min()) >= 0 and int(rows.max()) < out.shape[0]):
-        raise ValueError(
-            f"lrtt::{op}: rows must be rows of out, 0 to {out.shape[0] - 1}, got {int(rows.min())} to {int(rows.max())}"
-        )
-    job = (
-        type,
-        out.dtype == torch.bfloat16,
-        n,
-        count,
-        _contiguous(op, "blocks", blocks, torch.uint8, size=n * count * width),
-        out.data_ptr(),
-        out.stride(0),
-        pointer,
-    )
-    if out.is_cuda and size == 1:  # no blocks: torch's own conversion
-        plain = {4: torch.float32, 2: torch.float16 if type == 1 else torch.bfloat16}[width]
-        values = blocks.view(plain).view(n, out.shape[1])
-        if rows is None:
-            out.copy_(values)
-        else:
-            out.index_copy_(0, rows, values.to(out.dtype))
-        return
-    _run(out, "dequantize", job)
-
-
 def segment_sum_(
     out: list[Tensor],
     slots: list[Tensor],
@@ -519,7 +475,6 @@ _KERNELS: tuple[Callable[..., Any], ...] = (
     draw_cells,
     clip_,
     reset_cells_,
-    dequantize_,
     segment_sum_,
     add_product,
 )

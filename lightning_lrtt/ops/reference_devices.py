@@ -170,7 +170,7 @@ def _height(p: Params, c: Cells, w: Tensor, up: Tensor) -> Tensor:
         nodes = torch.stack([p[f"piecewise_{direction}_{i}"] for i in range(16)])
         low, high = nodes[left.long()], nodes[left.long() + 1]
         heights.append(fma(t, high - low, low))
-    return torch.where(up, *heights)
+    return torch.where(up, heights[0], heights[1])
 
 
 def relax(p: Params, key: int, array: int, index: Tensor, w: Tensor, step: int) -> Tensor:

@@ -35,7 +35,8 @@ def average_by_effective_weights(callbacks: Sequence[Any]) -> Callable[[], None]
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
             average_effective_weights(callback._average_model)  # the copy is thrown away with the fit
         elif isinstance(callback, StochasticWeightAveraging) and "update_parameters" not in callback.__dict__:
-            callback.update_parameters = partial(_update, callback.update_parameters)  # type: ignore[method-assign]
+            update = partial(_update, callback.update_parameters)
+            callback.update_parameters = update  # type: ignore[method-assign]  # of this instance only
             changed.append(callback)
 
     def undo() -> None:

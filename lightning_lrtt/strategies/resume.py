@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ def collect_rng(device: torch.device) -> dict[str, Any]:
     Args:
         device: On CUDA its generator is added.
     """
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
     state = {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),

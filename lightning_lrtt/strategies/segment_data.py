@@ -177,7 +177,7 @@ class SegmentLoader:
             )
             for batch, s in first
         ]
-        self._inner.generator.manual_seed(key(self.seed, DATA, self._epoch))  # type: ignore[union-attr]
+        self._inner.generator.manual_seed(key(self.seed, DATA, self._epoch))
         segments = iter(self._inner)
         for _ in range(self._batch, len(self)):
             own = [next(segments) for _ in self.own]

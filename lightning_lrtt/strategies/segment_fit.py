@@ -175,7 +175,8 @@ class SegmentFit:
     # -------------------------------------------------------------- statistics
 
     def _log_statistics(self, reduced: Reduced) -> None:
-        trainer, every = self.trainer, self.trainer.log_every_n_steps
+        trainer = self.trainer
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         due = every and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
         if not due or trainer.barebones:
             self.exchange.bytes_sent = 0
@@ -297,7 +298,7 @@ def transfer_by_segment(module: pl.LightningModule) -> Callable[[], None]:
             return map_segments(batch, lambda s: original(s, dataloader_idx))
         return original(batch, dataloader_idx)
 
-    module._on_before_batch_transfer = transfer  # type: ignore[method-assign]
+    module._on_before_batch_transfer = transfer  # type: ignore[method-assign]  # of this instance only
 
     def undo() -> None:
         with contextlib.suppress(AttributeError):

@@ -139,7 +139,7 @@ class Layout:
                     "whole "
                     "and use precision='bf16-mixed'"
                 )
-        self.places: list[Place] = [None] * len(tensors)  # type: ignore[list-item]
+        self.places: list[Place] = [None] * len(tensors)  # type: ignore[list-item]  # all are filled below
         at, self.split = 0, 0
         for dtype in _DTYPES:
             for i, tensor in enumerate(tensors):

@@ -65,9 +65,9 @@ class Reducer:
         self._program = sum_program(nodes)
         self._all = sum_program((tree(exchange.segments),))
         options = {"dtype": torch.float64, "device": exchange.device}
-        self._one = torch.ones(1, **options)  # type: ignore[call-overload]
-        self._ones = torch.ones(len(exchange.own), **options)  # type: ignore[call-overload]
-        self._nothing = torch.zeros(0, **options)  # type: ignore[call-overload]
+        self._one = torch.ones(1, **options)  # type: ignore[call-overload]  # dtype and device
+        self._ones = torch.ones(len(exchange.own), **options)  # type: ignore[call-overload]  # dtype and device
+        self._nothing = torch.zeros(0, **options)  # type: ignore[call-overload]  # dtype and device
         self._layouts: dict[Contents, Layout] = {}
         self._pending: list[tuple[int, Tensor, torch.cuda.Event]] = []
 

@@ -202,7 +202,7 @@ class Runner:
         self.recorder.clear()
         updates = {name: metric._update_count for name, metric in self.metrics.items()}
         seed_all(seed, self.device)
-        self.module.log = self.recorder  # type: ignore[method-assign]
+        self.module.log = self.recorder  # type: ignore[method-assign]  # put back after the step
         try:
             output = self.forward(*args, **kwargs)
         finally:

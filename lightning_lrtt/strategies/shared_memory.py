@@ -68,7 +68,7 @@ class SharedMemoryExchange(Exchange):
             _C.barrier_init(self._barrier, workers)
         processes: list[object] = [None] * workers
         distributed.all_gather_object(processes, (os.getpid(), _started(os.getpid())))  # after it the barrier is ready
-        self._processes: list[tuple[int, str]] = processes  # type: ignore[assignment]
+        self._processes: list[tuple[int, str]] = processes  # type: ignore[assignment]  # pairs, from a list of lists
         self._data: Tensor | None = None
         self._need = (0, 0, 0)
 
@@ -89,8 +89,8 @@ class SharedMemoryExchange(Exchange):
             or self._need < (size, row_bytes, operand_bytes)
             or any(have < need for have, need in zip(self._need, (size, row_bytes, operand_bytes), strict=True))
         ):
-            self._need = tuple(max(a, b) for a, b in zip(self._need, (size, row_bytes, operand_bytes), strict=True))  # type: ignore[assignment]
-            node, row, operand = self._need
+            node, row, operand = map(max, self._need, (size, row_bytes, operand_bytes))
+            self._need = node, row, operand
             self._data = None
             self._data = _map((nodes + 1) * node + self.segments * (row + operand), self.rank)
         node, row, operand = self._need

@@ -29,7 +29,10 @@ from lightning_lrtt.weights import Pretrained
 
 log = logging.getLogger(__name__)
 
-_Base = Strategy if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Strategy
+else:
+    _Base = object
 
 
 class TileStrategy(_Base):
@@ -39,6 +42,11 @@ class TileStrategy(_Base):
     """
 
     config: LRTTConfig
+    if TYPE_CHECKING:
+
+        @property
+        def lightning_module(self) -> pl.LightningModule:
+            """None before `connect`, which comes before everything that looks."""
 
     def _init_tiles(
         self,
@@ -110,7 +118,7 @@ class TileStrategy(_Base):
         if self.pretrained is not None:  # before optimizers exist and before anything is wrapped
             self.pretrained.apply(self.lightning_module, self.root_device, bar_of(trainer))
         self._restore_averaging()
-        self._undo_averaging = average_by_effective_weights(trainer.callbacks)  # type: ignore[attr-defined]
+        self._undo_averaging = average_by_effective_weights(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
         super().setup(trainer)
 
     @override
@@ -137,7 +145,7 @@ class TileStrategy(_Base):
     ) -> Any:
         result = super().optimizer_step(optimizer, closure, model, **kwargs)
         trainer = self.lightning_module.trainer
-        every = trainer.log_every_n_steps
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         # Only here, at the steps at which Lightning logs, and at epoch ends does training wait for the device.
         if (
             every
@@ -171,7 +179,7 @@ class TileStrategy(_Base):
 
     def _convert_copies(self) -> None:
         # Made in the callbacks' setup, before the hooks that make layers late.
-        for copy in averaged_copies(self.lightning_module.trainer.callbacks):  # type: ignore[attr-defined]
+        for copy in averaged_copies(self.lightning_module.trainer.callbacks):  # type: ignore[attr-defined]  # set by a connector
             self._convert(copy)
 
     def _restore_averaging(self) -> None:

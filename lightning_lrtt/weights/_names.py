@@ -54,7 +54,7 @@ def resolve(
 
 def _finder(names: Any) -> Callable[[str], str | LazyTensor | None]:
     if callable(names):
-        return names  # type: ignore[no-any-return]
+        return names  # type: ignore[no-any-return]  # gguf carries no types
     if isinstance(names, Mapping):
         return lambda name: names.get(name, name)
     pairs = []

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_lrtt.ops.kernels import DECODERS
+from lightning_lrtt.ops.weight_kernels import DECODERS
 
 # Byte offsets of the half-precision scales in a block, for verify="values".
 _HALF_SCALES = {

@@ -94,7 +94,7 @@ def _build(path: str, arguments: str) -> torch.nn.Module:
     try:
         kind = getattr(importlib.import_module(module), name)
         with torch.device("meta"):
-            return kind(**json.loads(arguments))  # type: ignore[no-any-return]
+            return kind(**json.loads(arguments))  # type: ignore[no-any-return]  # kind is a class of devices
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(f"inspect: --module must be a class that --init-args builds, got {path!r}: {error}") from None
 

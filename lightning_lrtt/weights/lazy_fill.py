@@ -87,7 +87,7 @@ class LazyFill:
     def _ensure(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
             if entry.name not in self._filled:
-                self._flight.do(entry.name, lambda entry=entry: self._fill(entry))  # type: ignore[misc]
+                self._flight.do(entry.name, lambda entry=entry: self._fill(entry))  # type: ignore[misc]  # the lambda's default
         if not self._finished and len(self._filled) == len(self.plan.entries):
             self._end()
 

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from helpers import fresh_counts, fresh_state, pack
+from peers.common import replace_between
 from torch import Tensor
 
 from lightning_lrtt import PulseConfig, devices, presets
@@ -456,10 +457,7 @@ def report(table: dict[str, Any]) -> str:
 
 def main(page: Path) -> None:
     """Replaces what stands between the page's two marks."""
-    head, tail = "<!-- generated -->\n", "<!-- end -->"
-    text = page.read_text()
-    before, rest = text.split(head)
-    page.write_text(before + head + report(load()) + "\n" + tail + rest.split(tail)[1])
+    replace_between(page, "<!-- generated -->", "<!-- end -->", report(load()))
 
 
 if __name__ == "__main__":

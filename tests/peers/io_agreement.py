@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from peers.agreement import Row, moments
+from peers.common import replace_between
 
 from lightning_lrtt import IOConfig, LRTTConfig
 from lightning_lrtt.nn.analog import _Reader
@@ -93,10 +94,7 @@ def report(table: dict[str, Any]) -> str:
 
 def main(page: Path) -> None:
     """Replaces what stands between the page's two marks."""
-    head, tail = "<!-- generated: converters -->\n", "<!-- end: converters -->"
-    text = page.read_text()
-    before, rest = text.split(head)
-    page.write_text(before + head + report(load()) + "\n" + tail + rest.split(tail)[1])
+    replace_between(page, "<!-- generated: converters -->", "<!-- end: converters -->", report(load()))
 
 
 if __name__ == "__main__":

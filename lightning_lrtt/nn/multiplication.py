@@ -1,0 +1,78 @@
+"""What a layer on a tile says about its multiplication: everything that linear layers and convolutions do differently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+class Multiplication(nn.Module):
+    """How a layer multiplies by a matrix of its tile, and how its activations are cut into samples.
+
+    A sample is one row of x and of the output's gradient: an input of a linear layer, a position of a convolution.
+    """
+
+    def project(self, x: Tensor, w: Tensor) -> Tensor:
+        """x times a matrix ``[rows, k]``: ``x w^T`` for a linear layer, a convolution with ``rows`` outputs otherwise."""
+        raise NotImplementedError
+
+    def project_backward(
+        self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of `project` by x and by w (as ``[rows, k]``); None where not needed."""
+        raise NotImplementedError
+
+    def mix(self, z: Tensor, a: Tensor) -> Tensor:
+        """z times A^T: r features to d."""
+        raise NotImplementedError
+
+    def mix_backward(self, grad: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of `mix` by z and by A."""
+        raise NotImplementedError
+
+    def add_mix(self, y: Tensor, z: Tensor, a: Tensor, alpha: float) -> None:
+        """``y += alpha mix(z, a)`` in place."""
+        y.add_(self.mix(z, a), alpha=alpha)
+
+    def add_project_backward(self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float) -> None:
+        """``grad_x += alpha`` times the gradient of `project` by x, in place."""
+        by_x, _ = self.project_backward(grad, x, w, (True, False))
+        assert by_x is not None
+        grad_x.add_(by_x, alpha=alpha)
+
+    def with_project_backward(
+        self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float, dtype: torch.dtype
+    ) -> Tensor:
+        """``grad_x`` after `add_project_backward`, in ``dtype``; may write into ``grad_x``."""
+        self.add_project_backward(grad_x, grad, x, w, alpha)
+        return grad_x.to(dtype)
+
+    def with_mix(self, y: Tensor, z: Tensor, a: Tensor, alpha: float) -> Tensor:
+        """``y + alpha mix(z, a)`` by ordinary autograd."""
+        return y + self.mix(alpha * z, a)
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """y plus the bias, broadcast over samples."""
+        raise NotImplementedError
+
+    def samples(self, features: Tensor) -> Tensor:
+        """``[N, features]`` view or copy of an activation, one row a sample."""
+        raise NotImplementedError
+
+    def patches(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Bounded chunks of the unfolded input: (index of the first sample, ``[n, k]``)."""
+        raise NotImplementedError
+
+    def chunks(self, x: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Bounded pieces of x for analog reads: (index of the first sample, piece of x, its samples ``[n, k]``)."""
+        raise NotImplementedError
+
+    def unsamples(self, rows: Tensor, x: Tensor) -> Tensor:
+        """``[N, features]`` in the shape of the layer's output for x; `samples` undoes it."""
+        raise NotImplementedError
+
+    def fold(self, rows: Tensor, x: Tensor) -> Tensor:
+        """The gradient of x from that of its samples ``[n, k]``."""
+        raise NotImplementedError
