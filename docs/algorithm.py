@@ -34,9 +34,7 @@ class Cells:
     def update(self, x: Tensor, d: Tensor, lr: float) -> None:
         """``w -= lr dᵀ x`` by pulses; x ``[N, k]``, d ``[N, d]``."""
         rate = torch.tensor(lr, dtype=torch.float32)
-        torch.ops.lrtt.pulsed_update_(
-            [self.w], [x], [d], [rate], [self.state], [self.counts], [self.hyper], [2], [0]
-        )
+        torch.ops.lrtt.pulsed_update_([self.w], [x], [d], [rate], [self.state], [self.counts], [self.hyper], [2], [0])
         self.state[STEP] += 1
 
 
@@ -113,7 +111,9 @@ def trains() -> None:
     both = bit_x[:, 1] & bit_d[:, 1]
     lines += [("x1 and d1", both, "black")]
     for height, (_, bits, colour) in enumerate(reversed(lines)):
-        left.eventplot(bits.nonzero().flatten().tolist(), lineoffsets=height, linelengths=0.8, colors=colour, linewidths=3)
+        left.eventplot(
+            bits.nonzero().flatten().tolist(), lineoffsets=height, linelengths=0.8, colors=colour, linewidths=3
+        )
     left.set_yticks(range(len(lines)), [name for name, *_ in reversed(lines)], fontsize=8)
     left.set_xlabel(f"slot of {slots}", fontsize=9)
     left.tick_params(labelsize=8)
@@ -159,7 +159,14 @@ def expectation() -> None:
 def symmetry() -> None:
     """Asymmetric cells: steps, the drift under random pulses, and where noisy SGD on them ends."""
     device = devices.SoftBounds(
-        dw_min=0.02, up_down=0.3, dw_min_dtod=0.0, up_down_dtod=0.0, w_max=1.0, w_min=-1.0, w_max_dtod=0.0, w_min_dtod=0.0
+        dw_min=0.02,
+        up_down=0.3,
+        dw_min_dtod=0.0,
+        up_down_dtod=0.0,
+        w_max=1.0,
+        w_min=-1.0,
+        w_max_dtod=0.0,
+        w_min_dtod=0.0,
     )
     points = torch.linspace(-0.95, 0.95, 39)
     up, down = (step.mean(1) for step in steps(device, points.tolist(), 100))

@@ -30,6 +30,9 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(ROOT / "lightning_lrtt", sources / "lightning_lrtt", ignore=ignore)
     shutil.copytree(ROOT / "callbacks", sources / "lightning_lrtt" / "callbacks", ignore=ignore)
+    for file in sources.rglob("*.py"):  # the name of that section in the parser; ours have one example each
+        text = file.read_text(encoding="utf-8")
+        file.write_text(re.sub(r"^(\s+)Example:$", r"\1Examples:", text, flags=re.MULTILINE), encoding="utf-8")
     config.plugins["mkdocstrings"].config["handlers"]["python"]["paths"] = [str(sources)]
     config.extra["sources"] = str(sources)
     return config

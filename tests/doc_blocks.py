@@ -274,7 +274,7 @@ def check_command(words: list[str]) -> None:
 
 
 def _config_files(words: list[str]) -> list[str]:
-    pairs = zip(words, words[1:] + [""], strict=True)
+    pairs = zip(words, [*words[1:], ""], strict=True)
     return [after for word, after in pairs if word in ("--config", "-c")] + [
         word.removeprefix("--config=") for word in words if word.startswith("--config=")
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -30,12 +31,18 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path) -> None:
 
 def test_blocks_and_their_comments_are_found(tmp_path: Path) -> None:
     page = ROOT / "docs" / "unwritten.md"
-    text = "a\n\n<!-- not run: no GPU -->\n```python\nx = 1\n```\n<!-- setup\ny = 2\n-->\n<!-- file: a.yaml -->\n```yaml\nb: 1\n```\n"
+    text = (
+        "a\n\n<!-- not run: no GPU -->\n```python\nx = 1\n```\n"
+        "<!-- setup\ny = 2\n-->\n<!-- file: a.yaml -->\n```yaml\nb: 1\n```\n"
+    )
     (tmp_path / "page.md").write_text(text)
     first, second = (Block(page, b.line, b.kind, b.text, b.marks) for b in blocks(tmp_path / "page.md"))
     assert (first.line, first.kind, first.text, first.mark("not run")) == (4, "python", "x = 1\n", "no GPU")
     assert (second.mark("setup"), second.mark("file"), second.mark("run")) == ("y = 2", "a.yaml", None)
-    assert problems(Block(page, 1, "bash", "", ("not run:", "rnu"))) == ["unknown comment 'rnu'", "'not run' needs a reason"]
+    assert problems(Block(page, 1, "bash", "", ("not run:", "rnu"))) == [
+        "unknown comment 'rnu'",
+        "'not run' needs a reason",
+    ]
 
 
 def test_a_failing_block_fails(tmp_path: Path) -> None:
@@ -115,3 +122,41 @@ def test_reading_the_site_fetches_nothing(site: Path) -> None:
 def test_figures_are_small() -> None:
     """Figures of the pages stay below 100 kB each."""
     assert not [f.name for f in (ROOT / "docs").glob("*.png") if f.stat().st_size > 100_000]
+
+
+def strings(path: Path) -> list[str]:
+    """All strings of a module, f-strings with ``{}`` for what they insert."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "{}" for v in node.values))
+    return found
+
+
+def test_tags_and_messages_of_the_troubleshooting_page_are_in_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    sources = [*(ROOT / "lightning_lrtt").rglob("*.py"), *(ROOT / "callbacks").glob("*.py")]
+    said = [" ".join(text.split()) for path in sources for text in strings(path)]
+    messages = re.findall(r'"([^"\n]+)"', page)
+    assert len(messages) > 15
+    assert not [message for message in messages if not any(message in text for text in said)]
+    tags = re.findall(r"`((?:tile|pulse|transfer|graph|memory)/[^`]+)`", page)
+    assert len(tags) > 10
+    # Tags are put together from a prefix, the tile's name, and a statistic with or without its array.
+    for tag in tags:
+        first, *_, last = tag.split("/")
+        parts = [first, re.sub(r"_?[ABC]$", "", last)]
+        assert all(any(part in text for text in said) for part in parts), tag
+
+
+def test_options_that_the_pages_for_readers_name_exist() -> None:
+    """Words in backticks that look like options (a_b) of the tutorial and the troubleshooting page."""
+    sources = [*(ROOT / "lightning_lrtt").rglob("*.py"), *(ROOT / "callbacks").glob("*.py")]
+    text = "\n".join(path.read_text() for path in sources)
+    lightning = {"every_n_steps", "drop_last", "gradient_clip_algorithm", "log_every_n_steps"}
+    for page in ("tutorial", "troubleshooting"):
+        prose = re.sub(r"^```.*?^```", "", (ROOT / "docs" / f"{page}.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+        for word in re.findall(r"`([a-z]+(?:_[a-z]+)+)\b[^`/]*`", prose):
+            assert word in lightning or re.search(rf"\b{word}\b", text), f"{page}.md: {word}"
