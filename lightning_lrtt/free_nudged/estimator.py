@@ -155,6 +155,12 @@ class Estimator:
 class DecayingBeta:
     """A schedule: ``max(beta * factor ** (step // every), floor)``. Any callable from step to beta is one too.
 
+    Args:
+        beta: At step 0, > 0.
+        factor: By which it shrinks, in (0, 1].
+        every: Optimizer steps between two shrinkings, at least 1.
+        floor: It shrinks no further, > 0.
+
     Raises:
         ValueError: If a number is out of range.
 

@@ -120,6 +120,9 @@ def convert_to_lrtt(
 def convert_to_digital(module: nn.Module) -> nn.Module:
     """Replace tiles by plain torch layers with the effective weights ``C + alpha A B``, in place.
 
+    Args:
+        module: Any module, a tile too.
+
     Returns:
         ``module``, or the layer that replaces it. Outputs agree with those of exact reads (``io=None``) up to rounding.
 
