@@ -83,7 +83,8 @@ def cycles() -> None:
         norms.plot(time, run["AB"], color=ORANGE, label="‖A·B‖")
         norms.plot(time, run["error"], color="black", linewidth=1, label="‖W - target‖ / ‖target‖")
         norms.set_title(name, fontsize=9)
-        norms.legend(fontsize=7)
+        norms.set_ylim(-0.2, 1.3 * float(run["C"].max()))
+        norms.legend(fontsize=7, ncols=3, loc="upper center")
         one.axhline(run["target"], color=GREY)
         one.plot(time, run["w"], color="black", linewidth=1, label="one weight of W = C + A·B")
         one.plot(time, run["c"], color=BLUE, label="the same of C")
@@ -91,7 +92,7 @@ def cycles() -> None:
         one.set_xlabel("step (a transfer every 25)", fontsize=9)
         for axis in column:
             axis.tick_params(labelsize=8)
-    save(figure, "algorithm_cycles.png", dpi=72)
+    save(figure, "algorithm_cycles.png", dpi=96)
 
 
 def trains() -> None:
@@ -129,7 +130,7 @@ def trains() -> None:
     right.set_xticks(range(len(x)), [f"x{j}" for j in range(len(x))], fontsize=8)
     right.set_yticks(range(len(d)), [f"d{i}" for i in range(len(d))], fontsize=8)
     right.set_title("pulses (expected)", fontsize=9)
-    save(figure, "algorithm_pulses.png", dpi=72)
+    save(figure, "algorithm_pulses.png", dpi=96)
 
 
 def expectation() -> None:
@@ -153,7 +154,7 @@ def expectation() -> None:
         axis.set_xlabel("-lr d x", fontsize=9)
     axes[0].legend(fontsize=7)
     figure.supylabel("change of the cell", fontsize=9)
-    save(figure, "algorithm_update.png", dpi=72)
+    save(figure, "algorithm_update.png", dpi=96)
 
 
 def symmetry() -> None:
@@ -204,7 +205,7 @@ def symmetry() -> None:
         axis.tick_params(labelsize=8)
     axes[0].legend(fontsize=7)
     axes[2].legend(fontsize=7)
-    save(figure, "algorithm_symmetry.png", dpi=72)
+    save(figure, "algorithm_symmetry.png", dpi=96)
 
 
 if __name__ == "__main__":
