@@ -20,27 +20,23 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md"}
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
+_RULE = re.compile(r" +=+(?: =+)+$")  # a line of a table in reStructuredText
+_SKETCH = re.compile(r"^( +)Example::\n\n((?:\1 +.*\n|\n)+)", re.MULTILINE)  # an example that is not run
 _FENCE = re.compile(r"^(```.*?^```[ ]*$)", re.MULTILINE | re.DOTALL)
 
 
 @event_priority(100)  # before mkdocstrings reads its paths
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Show mkdocstrings the package as it is installed: callbacks/ lies beside it in the repository."""
-    sources = Path(tempfile.mkdtemp(prefix="lrtt-docs-"))
+    copy = tempfile.TemporaryDirectory(prefix="lrtt-docs-")
+    config.extra["sources"], sources = copy, Path(copy.name)  # gone with the configuration
     ignore = shutil.ignore_patterns("__pycache__", "*.so")
     shutil.copytree(ROOT / "lightning_lrtt", sources / "lightning_lrtt", ignore=ignore)
     shutil.copytree(ROOT / "callbacks", sources / "lightning_lrtt" / "callbacks", ignore=ignore)
-    for file in sources.rglob("*.py"):  # the name of that section in the parser; ours have one example each
-        text = file.read_text(encoding="utf-8")
-        file.write_text(re.sub(r"^(\s+)Example:$", r"\1Examples:", text, flags=re.MULTILINE), encoding="utf-8")
+    for file in sources.rglob("*.py"):
+        file.write_text(_for_the_parser(file.read_text(encoding="utf-8")), encoding="utf-8")
     config.plugins["mkdocstrings"].config["handlers"]["python"]["paths"] = [str(sources)]
-    config.extra["sources"] = str(sources)
     return config
-
-
-def on_post_build(config: MkDocsConfig) -> None:
-    """Remove the copy of `on_config`."""
-    shutil.rmtree(config.extra["sources"], ignore_errors=True)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -70,6 +66,22 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"`{path}`" if text.strip("`") in (path, posixpath.basename(path)) else f"{text} (`{path}`)"
 
     return _outside_code(link, markdown)
+
+
+def _for_the_parser(source: str) -> str:
+    """Docstrings in the words of mkdocstrings: its name of the section with examples, Markdown for tables and sketches."""
+    source = re.sub(r"^(\s+)Example:$", r"\1Examples:", source, flags=re.MULTILINE)
+    source = _SKETCH.sub(lambda m: f"{m[1]}Examples:\n{m[1]}    ```python\n{m[2].rstrip()}\n{m[1]}    ```\n\n", source)
+    lines, rules = [], 0
+    for line in source.splitlines():
+        if _RULE.match(line):  # a table has three: above and below its head, and at its end
+            fence = " " * (len(line) - len(line.lstrip())) + "```"
+            rules += 1
+            lines += [fence + "text", line] if rules == 1 else [line, fence] if rules == 3 else [line]
+            rules %= 3
+        else:
+            lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def _from_root(text: str) -> str:

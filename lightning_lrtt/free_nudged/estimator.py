@@ -40,6 +40,9 @@ class Branch:
 class Estimator:
     """How the phases are nudged and combined; one beta is the strength of the nudge and the divisor.
 
+    One-sided: Scellier & Bengio (2017); random sign and centered: Laborieux et al. (2021); holomorphic: Laborieux & Zenke
+    (2022); contrastive: Movellan (1991); coupled: Stern et al. (2021), Scellier et al. (2023).
+
     ============================ ============================================== ==========================
     kind                         gradient of the loss                           error
     ============================ ============================================== ==========================
