@@ -38,8 +38,9 @@ RECORDS = {
     "Outcome": "TwoPhase",
     "Phase": "System",
     "Transform": "load_pretrained",
+    "find_tiles": "convert_to_lrtt",
 }
-ABSTRACT = {"Device", "PulsedDevice", "Recorder", "Recording"}
+ABSTRACT = {"Device", "PulsedDevice", "Recorder", "Recording", "TileModule"}
 REFERS = re.compile(r"All (?:other )?arguments (?:and shapes )?are those of `")
 
 

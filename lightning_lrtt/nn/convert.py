@@ -61,8 +61,8 @@ def convert_to_lrtt(
     Example:
         >>> from torch import nn
         >>> model = convert_to_lrtt(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), LRTTConfig(rank=2))
-        >>> type(model[0]).__name__
-        'LRTTLinear'
+        >>> {name: type(tile).__name__ for name, tile in find_tiles(model).items()}
+        {'0': 'LRTTLinear'}
     """
     kinds = _kinds()
     layers = {name: child for name, child in module.named_modules() if isinstance(child, tuple(kinds))}

@@ -73,12 +73,6 @@ class TileModule(nn.Module):
     Raises:
         ValueError: If the rank exceeds min(d, k) or the tile has too many cells.
         TypeError: If the dtype does not suit the devices.
-
-    Example:
-        >>> from lightning_lrtt.nn import LRTTLinear
-        >>> tile = LRTTLinear(6, 4, config=LRTTConfig(rank=2))
-        >>> isinstance(tile, TileModule), tile.tile_shape, tile.counts()["transfers"]
-        (True, (4, 6), 0)
     """
 
     weight: nn.Parameter
@@ -507,12 +501,6 @@ def find_tiles(module: nn.Module) -> dict[str, TileModule]:
 
     Args:
         module: Any module, a tile too (its name is then empty).
-
-    Example:
-        >>> from lightning_lrtt import convert_to_lrtt
-        >>> model = convert_to_lrtt(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), LRTTConfig(rank=2))
-        >>> list(find_tiles(model))
-        ['0']
     """
     return {name: child for name, child in module.named_modules() if isinstance(child, TileModule)}
 
