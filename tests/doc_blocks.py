@@ -1,4 +1,4 @@
-"""The code of README.md and docs/: which blocks a page has, and running them in order in a folder of their own.
+"""The code of README.md, its neighbours and docs/: which blocks a page has, and running them in order in a folder of their own.
 
 What happens to a block stands in an HTML comment right before it, which readers do not see:
 
@@ -69,7 +69,7 @@ class Block:
 
 def pages() -> list[Path]:
     """All pages with text for readers."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(page: Path) -> list[Block]:
