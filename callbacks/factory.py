@@ -17,6 +17,10 @@ def default_callbacks() -> list[Callback]:
 
     Lightning calls this for Trainers that have nothing to do with tiles too, so the monitor watches only where there
     are tiles and no monitor of the user's own.
+
+    Example:
+        >>> default_callbacks() if "LRTT_AUTO_CALLBACKS" not in os.environ else []
+        []
     """
     return [_AutoTileMonitor()] if os.environ.get("LRTT_AUTO_CALLBACKS") == "1" else []
 

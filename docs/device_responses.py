@@ -6,10 +6,9 @@ The ReRAM presets, with write noise and more states, stand below: 1200 up and 12
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import matplotlib
 import torch
+from figures import save
 
 from lightning_lrtt import devices, presets
 from lightning_lrtt.device_plots import response
@@ -56,7 +55,7 @@ def main() -> None:
         axis.set_ylim(-1.3, 1.3)
     figure.supxlabel("pulse", fontsize=9)
     figure.supylabel("weight", fontsize=9)
-    figure.savefig(Path(__file__).with_name("device_responses.png"), dpi=64, pil_kwargs={"optimize": True})
+    save(figure, "device_responses.png", dpi=64)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import matplotlib
 import torch
+from figures import save
 
 from lightning_lrtt import IOConfig, LRTTConfig
 from lightning_lrtt.nn import LRTTLinear
@@ -46,7 +45,7 @@ def main() -> None:
         axis.tick_params(labelsize=8)
     figure.supxlabel("exact output", fontsize=9)
     figure.supylabel("output read", fontsize=9)
-    figure.savefig(Path(__file__).with_name("io_reads.png"), dpi=72, pil_kwargs={"optimize": True})
+    save(figure, "io_reads.png", dpi=72)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,7 @@ class LRTTConfig:
     """One LR-TT tile: ``W = C + alpha A B`` with C ``[d, k]``, A ``[d, r]``, B ``[r, k]``.
 
     Every optimizer step moves A and B; every ``transfer_every`` steps ``C += transfer_lr * A B`` and A, B start afresh.
+    Tiki-Taka (Gokmen & Haensch 2020) with the factors of LoRA (Hu et al. 2021); formulas in docs/algorithm.md.
 
     Args:
         rank: r, at least 1 and at most min(d, k).

@@ -166,6 +166,11 @@ class Characteristics:
 def characteristics(device: devices.Device, cells: int = 200, seed: int = 0) -> Characteristics:
     """Measure a device.
 
+    Args:
+        device: The model.
+        cells: How many cells are drawn.
+        seed: Of the draws.
+
     Example:
         >>> from lightning_lrtt import devices
         >>> found = characteristics(devices.Ideal(dw_min=0.0078125), cells=2)
@@ -211,7 +216,15 @@ def _with(device: devices.Device, **numbers: float) -> devices.Device:
 
 
 def mean_cell(device: devices.Device) -> devices.Device:
-    """The device without any spread from cell to cell."""
+    """The device without any spread from cell to cell.
+
+    Args:
+        device: The model; of a pair, its cells lose their spread.
+
+    Example:
+        >>> mean_cell(devices.SoftBounds(dw_min=0.01)).w_max_dtod
+        0.0
+    """
     inner = device.device if isinstance(device, devices.OneSided) else device
     names = {f.name for f in fields(inner)}  # type: ignore[arg-type]  # devices are dataclasses
     spread = [name for name in names if name.endswith("_dtod") or name in ("reference_std", "corrupt_devices_prob")]
@@ -239,6 +252,11 @@ def plot_response(
 
     Raises:
         ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> figure = plot_response(devices.SoftBounds(dw_min=0.05), pulses=40, cells=20)
+        >>> len(figure.axes)
+        4
     """
     figure_type = _matplotlib()
     found = characteristics(device, cells, seed)
@@ -324,6 +342,13 @@ def save_plot(
     Raises:
         ValueError: If the suffix is unknown.
         ImportError: If matplotlib is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_plot(devices.Ideal(dw_min=0.05), Path(folder) / "ideal.svg", pulses=20, cells=10)
+        ...     [file.name for file in Path(folder).iterdir()]
+        ['ideal.svg']
     """
     target = Path(path)
     if target.suffix not in _SUFFIXES:

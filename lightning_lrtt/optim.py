@@ -34,7 +34,8 @@ class LRTT(Optimizer):
     One step, from the pre-step values of A and B: ``A -= eta D^T X_B``, ``B -= eta D_A^T x`` with ``eta = lr alpha s_r``
     (pulse trains on a pulsed tile, exact otherwise), then the counter, and where it is due ``C += tau A B`` and fresh
     factors. On a pulsed tile eta also follows what was done to ``p.grad`` after backward (clipping, unscaling):
-    ``eta *= <p.grad, g0> / <g0, g0>``, with g0 the gradient as backward left it.
+    ``eta *= <p.grad, g0> / <g0, g0>``, with g0 the gradient as backward left it. Tiki-Taka is Gokmen & Haensch's (2020);
+    docs/algorithm.md derives the low-rank form.
 
     Groups, ``state`` and ``defaults`` are those of the digital optimizer, so learning-rate schedulers and checkpoints
     work as usual; all state of the tiles is in their modules' ``state_dict``. Momentum, betas and weight decay apply to

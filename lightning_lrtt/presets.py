@@ -2,6 +2,12 @@
 
 Each function gives an `LRTTConfig` whose A, B and C are that device; keyword arguments go to `LRTTConfig`, so
 ``ecram_mo(rank=16)`` and ``reram_sb(visible_device=None)`` compose. `device` gives the model alone. Numbers are aihwkit's.
+
+Example:
+    >>> from lightning_lrtt import presets
+    >>> config = presets.reram_sb(rank=4, visible_device=None)
+    >>> config.rank, type(config.fast_device).__name__
+    (4, 'SoftBoundsReference')
 """
 
 from __future__ import annotations

@@ -10,7 +10,9 @@ from lightning_lrtt.devices.pulsed import PulsedDevice
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantStep(PulsedDevice):
-    """Step independent of the weight: ``w += s_up (1 + sigma xi)``.
+    """Step independent of the weight: ``w += s_up (1 + sigma xi)`` (Gokmen & Vlasov 2016).
+
+    All arguments are those of `PulsedDevice`.
 
     Example:
         >>> ConstantStep(dw_min=0.002).granularity

@@ -25,7 +25,11 @@ class ExpStep(PulsedDevice):
         a: Scale of the weight in z.
         b: Offset in z.
 
-    All other arguments are those of `PulsedDevice`; here the defaults are ``dw_min_std=0.3`` and bounds of 0.6.
+    All other arguments are those of `PulsedDevice`.
+
+    Example:
+        >>> round(ExpStep(dw_min=0.01).granularity, 5)  # the down step at w = 0
+        0.00983
     """
 
     kind: ClassVar[int] = 5

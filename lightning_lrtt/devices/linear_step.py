@@ -23,6 +23,10 @@ class LinearStep(PulsedDevice):
         allow_increasing_slope: Keep the sign of a drawn gamma instead of its magnitude.
 
     All other arguments are those of `PulsedDevice`.
+
+    Example:
+        >>> LinearStep(gamma_up=0.5, gamma_down=0.5, mult_noise=False).granularity
+        0.001
     """
 
     kind: ClassVar[int] = 2

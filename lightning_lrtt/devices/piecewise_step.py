@@ -20,6 +20,13 @@ class PiecewiseStep(PulsedDevice):
         piecewise_down: The same for the down step; as many.
 
     All other arguments are those of `PulsedDevice`.
+
+    Raises:
+        ValueError: If the lists differ in length, are too long, or the middle up node is 0.
+
+    Example:
+        >>> PiecewiseStep(dw_min=0.01, piecewise_up=(1.0, 0.5, 0.0), piecewise_down=(0.0, 0.5, 1.0)).granularity
+        0.005
     """
 
     kind: ClassVar[int] = 8

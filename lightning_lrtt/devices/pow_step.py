@@ -20,6 +20,10 @@ class PowStep(PulsedDevice):
         pow_up_down_dtod: Device-to-device spread of that asymmetry.
 
     All other arguments are those of `PulsedDevice`.
+
+    Example:
+        >>> PowStep(dw_min=0.01, pow_gamma=1.0).granularity  # the step in the middle of the range
+        0.005
     """
 
     kind: ClassVar[int] = 6

@@ -18,6 +18,10 @@ class PowStepReference(PowStep):
         reference_std: Spread of the reference weight.
 
     All other arguments are those of `PowStep`.
+
+    Example:
+        >>> PowStepReference(dw_min=0.01, reference_mean=0.2).granularity
+        0.005
     """
 
     kind: ClassVar[int] = 7

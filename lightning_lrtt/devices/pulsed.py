@@ -16,6 +16,9 @@ from lightning_lrtt.devices.base import Device
 class PulsedDevice(Device):
     """What the pulsed models share. Use a subclass.
 
+    Weights, bounds and steps are in units of the layer's weight; spreads and noises are standard deviations. Formulas are
+    those of Gokmen & Vlasov (2016) and of aihwkit's pulsed devices (Rasch et al. 2021); docs/devices.md has them all.
+
     Args:
         dw_min: Mean step of one pulse at weight 0, > 0.
         dw_min_dtod: Device-to-device spread of the step, relative.

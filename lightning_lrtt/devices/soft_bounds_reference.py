@@ -22,6 +22,10 @@ class SoftBoundsReference(PulsedDevice):
         subtract_symmetry_point: Put the reference at the cell's symmetry point, where up and down steps are equal.
 
     All other arguments are those of `PulsedDevice`.
+
+    Example:
+        >>> SoftBoundsReference(subtract_symmetry_point=True, reference_std=0.05).mult_noise
+        False
     """
 
     kind: ClassVar[int] = 4

@@ -40,7 +40,15 @@ def bptt(system: System, x: Tensor, target: Tensor, steps: int, last: int | None
         last: Steps to go back.
 
     Returns:
-        By parameter name; zeros where a parameter has no effect.
+        By parameter name, of the parameter's shape and dtype; zeros where a parameter has no effect.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lrtt.free_nudged import HopfieldMLP
+        >>> system = HopfieldMLP([4, 8, 2])
+        >>> gradient = bptt(system, torch.rand(3, 4), torch.tensor([0, 1, 0]), steps=10)
+        >>> sorted(gradient) == sorted(name for name, _ in system.named_parameters())
+        True
     """
     last = steps if last is None else last
     with ordinary(x, target) as (x, target), torch.autocast(x.device.type, enabled=False):
@@ -64,6 +72,23 @@ def estimate(engine: TwoPhase, x: Tensor, target: Tensor, beta: Tensor | None = 
     """The engine's gradient, by parameter name; touches no ``.grad`` and latches nothing.
 
     `System.commit` is called, as in a training step.
+
+    Args:
+        engine: Its system, estimator and windows.
+        x: Inputs.
+        target: Targets, as `System.encode` takes them.
+        beta: A scalar tensor; None: the estimator's.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lrtt.free_nudged import Estimator, HopfieldMLP, TwoPhase
+        >>> _ = torch.manual_seed(0)
+        >>> system = HopfieldMLP([4, 8, 2])
+        >>> engine = TwoPhase(system, Estimator(kind="centered", beta=0.1))
+        >>> x, target = torch.rand(3, 4), torch.tensor([0, 1, 0])
+        >>> found = agreement(estimate(engine, x, target), bptt(system, x, target, steps=60))
+        >>> bool(found.cosine > 0.99)
+        True
     """
     outcome = engine.run(x, target, beta)
     with torch.inference_mode(False), torch.enable_grad():
@@ -72,6 +97,10 @@ def estimate(engine: TwoPhase, x: Tensor, target: Tensor, beta: Tensor | None = 
 
 def agreement(estimated: dict[str, Tensor], reference: dict[str, Tensor]) -> Agreement:
     """Compare two gradients over all parameters.
+
+    Args:
+        estimated: By parameter name, as `estimate` returns it.
+        reference: As `bptt` returns it; its names count.
 
     Example:
         >>> import torch
@@ -88,6 +117,17 @@ def energy_trace(system: System, x: Tensor, steps: int) -> Tensor:
 
     It falls monotonically where relaxation is a descent (``even_odd`` order, or small steps); a trace that rises says
     that relaxation does not converge.
+
+    Args:
+        system: What relaxes.
+        x: Inputs.
+        steps: Length of the window.
+
+    Example:
+        >>> import torch
+        >>> from lightning_lrtt.free_nudged import HopfieldMLP
+        >>> energy_trace(HopfieldMLP([4, 8, 2]), torch.rand(3, 4), steps=5).shape
+        torch.Size([6])
     """
     with ordinary(x, gradients=False) as (x,):
         context = system.prepare(x=x, differentiable=False)

@@ -40,6 +40,9 @@ class Branch:
 class Estimator:
     """How the phases are nudged and combined; one beta is the strength of the nudge and the divisor.
 
+    One-sided: Scellier & Bengio (2017); random sign and centered: Laborieux et al. (2021); holomorphic: Laborieux & Zenke
+    (2022); contrastive: Movellan (1991); coupled: Stern et al. (2021), Scellier et al. (2023).
+
     ============================ ============================================== ==========================
     kind                         gradient of the loss                           error
     ============================ ============================================== ==========================
@@ -154,6 +157,12 @@ class Estimator:
 @dataclass(frozen=True, kw_only=True)
 class DecayingBeta:
     """A schedule: ``max(beta * factor ** (step // every), floor)``. Any callable from step to beta is one too.
+
+    Args:
+        beta: At step 0, > 0.
+        factor: By which it shrinks, in (0, 1].
+        every: Optimizer steps between two shrinkings, at least 1.
+        floor: It shrinks no further, > 0.
 
     Raises:
         ValueError: If a number is out of range.

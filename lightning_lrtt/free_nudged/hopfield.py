@@ -45,8 +45,9 @@ class _Nudge:
 class HopfieldMLP(System):
     """``E = sum_i G(s_i) - sum_i s_i^T (W_i s_(i-1) + b_i)`` with ``s_0 = x``, relaxed by ``s_i <- rho(dPhi/ds_i)``.
 
-    Couplings are `torch.nn.Linear` layers, which the ``lrtt`` strategy turns into tiles. The states ``odd`` and
-    ``even`` hold the layers of odd and even number side by side (`split` gives them one by one).
+    The model of Scellier & Bengio (2017). Couplings are `torch.nn.Linear` layers, which the ``lrtt`` strategy turns into
+    tiles. The states ``odd`` and ``even`` hold the layers of odd and even number side by side (`split` gives them one by
+    one).
 
     Args:
         sizes: Inputs, hidden layers, outputs; at least two numbers.

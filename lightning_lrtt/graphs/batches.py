@@ -70,6 +70,12 @@ class StaticBatch:
         leaves: Leaves of a first batch.
         spec: Its structure.
         device: Where the buffers lie.
+
+    Example:
+        >>> _, leaves, spec = describe({"x": torch.zeros(2)})
+        >>> static = StaticBatch(leaves, spec, torch.device("cpu"))
+        >>> static.fill([torch.ones(2)])["x"].tolist(), static.bytes
+        ([1.0, 1.0], 8)
     """
 
     def __init__(self, leaves: list[Any], spec: Any, device: torch.device) -> None:

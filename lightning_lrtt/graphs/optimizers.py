@@ -45,6 +45,13 @@ class DeviceForm:
 
     Raises:
         ValueError: If it has no such form; `why_not` says why.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.zeros(2))
+        >>> DeviceForm.why_not(torch.optim.SGD([p], lr=0.1), p.device)
+        ''
+        >>> DeviceForm.why_not(torch.optim.Rprop([p], differentiable=True), p.device)
+        'Rprop(differentiable=True) cannot be recorded'
     """
 
     def __init__(self, optimizer: Optimizer, device: torch.device) -> None:

@@ -16,6 +16,14 @@ class StateCopy:
     Args:
         tensors: What a step may change.
         device: Its device; on CUDA that generator is copied too.
+
+    Example:
+        >>> w = torch.zeros(2)
+        >>> copy = StateCopy([w], w.device)
+        >>> w += 1
+        >>> copy.restore()
+        >>> w.tolist()
+        [0.0, 0.0]
     """
 
     @torch.no_grad()
@@ -51,6 +59,14 @@ class StateCopy:
 def max_difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     """Largest absolute difference of two lists of tensors in float64; equal NaNs and infinities do not differ, unequal
     ones differ by infinity. Reads from the device.
+
+    Args:
+        one: Tensors of any shapes and dtypes.
+        other: As many, of the same shapes.
+
+    Example:
+        >>> max_difference([torch.zeros(2)], [torch.tensor([0.0, 0.25])])
+        0.25
     """
     worst = 0.0
     for a, b in zip(one, other, strict=True):

@@ -36,6 +36,15 @@ class TileGraphs:
         eager_now: Asked before every step; True keeps this one eager (somebody wants to watch it).
         report: Told of every ``capture``, ``replay`` and ``eager`` step, and of a ``refused`` one with its reason.
         on_failure: ``eager`` goes on without a graph, ``raise`` raises.
+
+    Raises:
+        GraphCaptureError: In a step, with ``on_failure='raise'``.
+
+    Example::
+
+        optimizer.runner = TileGraphs(CudaRecorder(torch.device("cuda:0")))
+        ...                     # any training loop that calls optimizer.step()
+        optimizer.runner = None  # plain calls again
     """
 
     def __init__(

@@ -208,11 +208,28 @@ class _LRTTConv(TileModule):
 
 
 class LRTTConv1d(_LRTTConv):
-    """`torch.nn.Conv1d` on an LR-TT tile. Arguments as there, and ``config`` (`LRTTConfig`); groups and padding modes
-    other than zeros are refused.
+    """`torch.nn.Conv1d` on an LR-TT tile, whose C is the unfolded kernel; one sample is one output position.
 
     A digital tile never unfolds: B is a convolution with r outputs, A a 1x1 convolution. A pulsed update unfolds its input in
     chunks of bounded size.
+
+    Args:
+        in_channels: Input channels.
+        out_channels: Output channels, d.
+        kernel_size: As in `torch.nn.Conv1d`; k is ``in_channels`` times its elements.
+        stride: As in `torch.nn.Conv1d`.
+        padding: As in `torch.nn.Conv1d`, but ``same`` must be symmetric (odd kernels).
+        dilation: As in `torch.nn.Conv1d`.
+        groups: 1.
+        bias: Whether there is a digital bias.
+        padding_mode: ``zeros``.
+        config: The tile's numbers.
+        device: Torch device.
+        dtype: float32; float64 for tiles that are digital throughout.
+        tile: See `TileModule`.
+
+    Raises:
+        ValueError: If groups, the padding mode or the padding is another, or the rank exceeds min(d, k).
 
     Shape:
         input ``[N, in, L]`` or ``[in, L]``, output as `torch.nn.Conv1d`; weight ``[out, in, kernel]``, A ``[out, r]``,
@@ -229,11 +246,28 @@ class LRTTConv1d(_LRTTConv):
 
 
 class LRTTConv2d(_LRTTConv):
-    """`torch.nn.Conv2d` on an LR-TT tile. Arguments as there, and ``config`` (`LRTTConfig`); groups and padding modes
-    other than zeros are refused.
+    """`torch.nn.Conv2d` on an LR-TT tile, whose C is the unfolded kernel; one sample is one output position.
 
     A digital tile never unfolds: B is a convolution with r outputs, A a 1x1 convolution. A pulsed update unfolds its input in
     chunks of bounded size.
+
+    Args:
+        in_channels: Input channels.
+        out_channels: Output channels, d.
+        kernel_size: As in `torch.nn.Conv2d`; k is ``in_channels`` times its elements.
+        stride: As in `torch.nn.Conv2d`.
+        padding: As in `torch.nn.Conv2d`, but ``same`` must be symmetric (odd kernels).
+        dilation: As in `torch.nn.Conv2d`.
+        groups: 1.
+        bias: Whether there is a digital bias.
+        padding_mode: ``zeros``.
+        config: The tile's numbers.
+        device: Torch device.
+        dtype: float32; float64 for tiles that are digital throughout.
+        tile: See `TileModule`.
+
+    Raises:
+        ValueError: If groups, the padding mode or the padding is another, or the rank exceeds min(d, k).
 
     Shape:
         input ``[N, in, H, W]`` or ``[in, H, W]``, output as `torch.nn.Conv2d`; weight ``[out, in, kh, kw]``, A ``[out, r]``,

@@ -61,8 +61,8 @@ def convert_to_lrtt(
     Example:
         >>> from torch import nn
         >>> model = convert_to_lrtt(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), LRTTConfig(rank=2))
-        >>> type(model[0]).__name__
-        'LRTTLinear'
+        >>> {name: type(tile).__name__ for name, tile in find_tiles(model).items()}
+        {'0': 'LRTTLinear'}
     """
     kinds = _kinds()
     layers: dict[str, Any] = {name: child for name, child in module.named_modules() if isinstance(child, tuple(kinds))}
@@ -119,6 +119,9 @@ def convert_to_lrtt(
 
 def convert_to_digital(module: nn.Module) -> nn.Module:
     """Replace tiles by plain torch layers with the effective weights ``C + alpha A B``, in place.
+
+    Args:
+        module: Any module, a tile too.
 
     Returns:
         ``module``, or the layer that replaces it. Outputs agree with those of exact reads (``io=None``) up to rounding.

@@ -423,7 +423,11 @@ class TileModule(Multiplication):
 
 
 def find_tiles(module: nn.Module) -> dict[str, TileModule]:
-    """The LR-TT layers below ``module`` by qualified name, each once."""
+    """The LR-TT layers below ``module`` by qualified name, each once.
+
+    Args:
+        module: Any module, a tile too (its name is then empty).
+    """
     return {name: child for name, child in module.named_modules() if isinstance(child, TileModule)}
 
 

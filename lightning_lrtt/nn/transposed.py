@@ -23,7 +23,7 @@ class LRTTTransposedLinear(LRTTLinear):
     The tile holds C as ``[out, in]`` like every other; conversion, digital checkpoints that are loaded by name, export
     and `to_digital` transpose.
 
-    Arguments and shapes are those of `LRTTLinear`.
+    All arguments and shapes are those of `LRTTLinear`.
 
     Example:
         >>> import torch

@@ -33,10 +33,27 @@ class LazyCheckpoint(Mapping[str, LazyTensor]):
 
     Made by `open`. A read-only mapping from names in the file to `LazyTensor`; a context manager.
 
+    Args:
+        files: Open files.
+        metadata: See below.
+        spans: Where the tensors lie.
+        format: See below.
+        verify_values: Whether a read checks that block scales are finite.
+        cache_bytes: See `open`.
+
     Attributes:
         metadata: Key/values of GGUF (long ones are read when asked for), or safetensors' ``__metadata__``.
         format: ``gguf`` or ``safetensors``.
         flight: The `SingleFlight` behind `LazyTensor.load`; ``flight.counts`` says what was loaded and shared.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from safetensors.torch import save_file
+        >>> path = tempfile.mkdtemp() + "/two.safetensors"
+        >>> save_file({"a": torch.ones(3, 2), "b": torch.zeros(3)}, path)
+        >>> with LazyCheckpoint.open(path) as checkpoint:
+        ...     list(checkpoint), checkpoint["a"].shape, checkpoint["a"][1:].load().sum().item()
+        (['a', 'b'], (3, 2), 4.0)
     """
 
     def __init__(

@@ -39,6 +39,10 @@ class Pretrained:
 
     Raises:
         ValueError: If ``mode`` or ``verify`` is none of its choices.
+
+    Example:
+        >>> Pretrained("model.gguf", mode="lazy").pending  # nothing is opened before the strategy's setup
+        []
     """
 
     def __init__(

@@ -23,9 +23,9 @@ _PIECE = 4 << 20  # bytes read at once: what is between file and parameter, what
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor:
-    """A tensor of a checkpoint; nothing is read before `into` or `load`.
+    """A tensor of a checkpoint; nothing is read before `into` or `load`. `LazyCheckpoint` makes it (example there).
 
-    Attributes:
+    Args:
         name: Its name in the file.
         shape: In torch's order.
         type: How it is stored.
