@@ -107,8 +107,7 @@ class TileStrategy(_Base):
         self._convert(self.lightning_module)
         self._convert_copies()
         self._refuse(trainer)
-        if self.pretrained is not None:  # before optimizers exist and before anything is wrapped
-            self.pretrained.apply(self.lightning_module, self.root_device, bar_of(trainer))
+        self._fill(trainer)  # before optimizers exist and before anything is wrapped
         self._restore_averaging()
         self._undo_averaging = average_by_effective_weights(trainer.callbacks)  # type: ignore[attr-defined]
         super().setup(trainer)
@@ -165,6 +164,11 @@ class TileStrategy(_Base):
         for optimizer in self.optimizers:
             if isinstance(optimizer, LRTT):
                 optimizer.check_finite()
+
+    def _fill(self, trainer: pl.Trainer) -> None:
+        """Read the pretrained weights, or install what will."""
+        if self.pretrained is not None:
+            self.pretrained.apply(self.lightning_module, self.root_device, bar_of(trainer))
 
     def _convert(self, model: Any) -> None:
         convert_to_lrtt(model, self.config, self.include, self.exclude)
