@@ -158,13 +158,53 @@ class LazyTensor:
 
     def _pieces(self, unit: int) -> Iterator[tuple[int, Tensor]]:
         """(index of the first unit, raw bytes) of pieces of whole units, in one buffer that is used again."""
-        count = max(1, _PIECE // unit)
-        total = self.nbytes // unit
-        buffer = torch.empty(min(count, total) * unit, dtype=torch.uint8)
-        for first in range(0, total, count):
-            piece = buffer[: min(count, total - first) * unit]
+        buffer = torch.empty(self._piece(unit), dtype=torch.uint8)
+        for first, size in self._spans(unit):
+            piece = buffer[:size]
             self._file.read_into(piece.numpy(), self.position + first * unit)
             yield first, piece
+
+    def _uploads(self, unit: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """As `_pieces`, on the device: while one piece is read into pinned memory, another is on its way and one decoded.
+
+        The caller decodes a piece on its current stream before it asks for the next.
+        """
+        size = self._piece(unit)
+        current, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        copying.wait_stream(current)  # the device buffers may be memory that work on this stream still reads
+        slots = [
+            (
+                torch.empty(size, dtype=torch.uint8, pin_memory=True),
+                torch.empty(size, dtype=torch.uint8, device=device),
+                torch.cuda.Event(),  # the pinned buffer has been copied
+                torch.cuda.Event(),  # the device buffer has been decoded
+            )
+            for _ in range(2)
+        ]
+        try:
+            for i, (first, used) in enumerate(self._spans(unit)):
+                pinned, uploaded, copied, decoded = slots[i % 2]
+                copied.synchronize()
+                self._file.read_into(pinned[:used].numpy(), self.position + first * unit)
+                with torch.cuda.stream(copying):
+                    copying.wait_event(decoded)
+                    uploaded[:used].copy_(pinned[:used], non_blocking=True)
+                    copied.record(copying)
+                current.wait_event(copied)
+                yield first, uploaded[:used]
+                decoded.record(current)
+        finally:
+            current.wait_stream(copying)  # what is freed now is used again by work on the current stream
+            copying.synchronize()
+
+    def _piece(self, unit: int) -> int:
+        return min(max(1, _PIECE // unit), self.nbytes // unit) * unit
+
+    def _spans(self, unit: int) -> Iterator[tuple[int, int]]:
+        """(index of the first unit, bytes) of the pieces."""
+        size = self._piece(unit)
+        for at in range(0, self.nbytes, size):
+            yield at // unit, min(size, self.nbytes - at)
 
     def _fill(self, out: Tensor, rows: Tensor | None) -> None:
         if not self.nbytes:
@@ -183,7 +223,8 @@ class LazyTensor:
                 f"LazyTensor: out of {self.name!r} must be contiguous where it has other than two dimensions, got "
                 f"strides {out.stride()}"
             )
-        pieces = _uploads(self._pieces(unit), out.device) if out.is_cuda else self._pieces(unit)
+        decoded_there = out.is_cuda and (self.type.compiled or self.type.plain is not None)
+        pieces = self._uploads(unit, out.device) if decoded_there else self._pieces(unit)
         for first, raw in pieces:
             count = raw.numel() // unit
             if rows is not None:
@@ -192,21 +233,3 @@ class LazyTensor:
                 dequantize_into(matrix[first : first + count].view(1, -1), raw, self.type)
             else:
                 dequantize_into(matrix[first : first + count], raw, self.type)
-
-
-def _uploads(pieces: Iterator[tuple[int, Tensor]], device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """The pieces on the device, through two pinned buffers: one is copied to while the other is on its way."""
-    buffers: list[Tensor] = []
-    events = [torch.cuda.Event(), torch.cuda.Event()]
-    for i, (first, raw) in enumerate(pieces):
-        if len(buffers) < 2:
-            buffers.append(torch.empty(raw.numel(), dtype=torch.uint8, pin_memory=True))
-        else:
-            events[i % 2].synchronize()
-        pinned = buffers[i % 2][: raw.numel()]
-        pinned.copy_(raw)
-        uploaded = pinned.to(device, non_blocking=True)
-        events[i % 2].record(torch.cuda.current_stream(device))
-        yield first, uploaded
-    for event in events[: len(buffers)]:
-        event.synchronize()  # the buffers go back to the allocator
