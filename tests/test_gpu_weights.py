@@ -78,6 +78,13 @@ def test_a_tensor_in_pieces_through_pinned_memory(kind: Kind, tmp_path: Path, mo
     assert same_bits(tensor.into(torch.empty(256, 512, device="cuda"), order).cpu()[order], cpu)
 
 
+def test_one_device_is_one_key(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", {"w": (np.ones((2, 32), np.float32), Kind.Q8_0)})
+    tensor = LazyCheckpoint.open(path)["w"]
+    first = tensor.load("cuda")
+    assert tensor.load(f"cuda:{torch.cuda.current_device()}") is first
+
+
 @pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])
 def test_a_model_is_loaded_on_the_device_as_on_the_cpu(meta: bool, tmp_path: Path) -> None:
     write_llama(tmp_path / "a.gguf", kind=Kind.Q4_0, scale=1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,12 +48,16 @@ class TileStrategy(_Base):
         exclude: Sequence[str] | None,
         tile_lr_scale: float,
         on_nonfinite: Literal["raise", "skip"],
-        pretrained: str | Pretrained | None = None,
+        pretrained: str | os.PathLike[str] | Pretrained | None = None,
     ) -> None:
         self.config = LRTTConfig() if config is None else config
         self.include, self.exclude = include, exclude
         self.tile_lr_scale, self.on_nonfinite = tile_lr_scale, on_nonfinite
-        self.pretrained = Pretrained(pretrained) if isinstance(pretrained, str) else pretrained
+        if isinstance(pretrained, str | os.PathLike):
+            pretrained = Pretrained(os.fspath(pretrained))
+        if not isinstance(pretrained, Pretrained | None):
+            raise TypeError(f"{self._me}: pretrained must be a path or a Pretrained, got {type(pretrained).__name__}")
+        self.pretrained = pretrained
         self._undo_averaging: Callable[[], None] | None = None
 
     @property

@@ -59,7 +59,7 @@ class LazyTensor:
         if not isinstance(rows, slice) or rows.step not in (None, 1) or not self.shape:
             raise TypeError(f"LazyTensor: {self.name!r} takes slices of step 1 of its first dimension, got {rows!r}")
         first, last, _ = rows.indices(self.shape[0])
-        each = self.numel() // self.shape[0]
+        each = self.numel() // max(1, self.shape[0])
         if last <= first or first * each % self.type.block or last * each % self.type.block:
             raise ValueError(
                 f"LazyTensor: rows of {self.name!r} {list(self.shape)} must be a range that begins and ends with a "
@@ -86,7 +86,7 @@ class LazyTensor:
             ``out``.
 
         Raises:
-            ValueError: If the shape differs, or nothing decodes the type.
+            ValueError: If the shape differs, ``out`` has no memory, or nothing decodes the type.
             CheckpointChangedError: If the file is not the one that was opened.
             CheckpointFormatError: With ``verify="values"``, if a scale is not finite; then ``out`` is untouched.
         """
@@ -94,6 +94,8 @@ class LazyTensor:
             raise ValueError(
                 f"LazyTensor: out must have the shape {list(self.shape)} of {self.name!r}, got {list(out.shape)}"
             )
+        if out.is_meta:
+            raise ValueError(f"LazyTensor: out must have memory to take {self.name!r}, got one on the meta device")
         if not can_decode(self.type):
             raise ValueError(f"LazyTensor: {self.name!r} must have a type that can be decoded, got {self.type}")
         start = time.perf_counter()
@@ -124,6 +126,8 @@ class LazyTensor:
             A tensor that must not be written to; clone it, or use `into`.
         """
         target = torch.device("cpu" if device is None else device)
+        if target.type == "cuda" and target.index is None:  # one name for one device
+            target = torch.device("cuda", torch.cuda.current_device())
         kind = dtype or self.type.plain or torch.float32
         key = (self._file.identity, self.name, self.position, self.nbytes, kind, str(target))
         return self._flight.do(key, lambda: self.into(torch.empty(self.shape, dtype=kind, device=target)))
