@@ -87,8 +87,8 @@ def by_architecture(checkpoint: LazyCheckpoint, source: str) -> Transform:
     if arch not in ARCHITECTURES:
         raise ValueError(
             f"load_pretrained: the file's architecture must be one whose value transforms are known "
-            f"({', '.join(ARCHITECTURES)}), "
-            f"got {arch!r}; if its tensors hold the module's values as they are, give transforms={{}}"
+            f"({', '.join(ARCHITECTURES)}), got {arch!r}; if its tensors hold the module's values as they are, give "
+            "transforms={}"
         )
     for pattern, what in ARCHITECTURES[arch].items():
         if fnmatchcase(source, pattern):

@@ -162,8 +162,7 @@ class Pretrained:
         if clipped:
             worst = max(clipped, key=lambda name: clipped[name])
             log.warning(
-                "lightning_lrtt: pretrained weights at or beyond their devices' bounds in %d tiles, most in %s "
-                "(%.2g of "
+                "lightning_lrtt: pretrained weights at or beyond their devices' bounds in %d tiles, most in %s (%.2g of "
                 "the cells)",
                 len(clipped),
                 worst,
