@@ -12,16 +12,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_lrtt import LRTTStrategy
 from lightning_lrtt.nn import find_tiles
 from lightning_lrtt.strategies.bars import bar_of
+from lightning_lrtt.strategies.tiles import TileStrategy
 from lightning_lrtt.weights import LoadReport, Pretrained
 
 
 class PretrainedInit(Callback):
     """Fill the module's parameters from a checkpoint before training, or layer by layer on first use.
 
-    The strategy of this package does it in its setup, on the root device, before optimizers exist; its argument
+    The strategies of this package do it in their setup, on the root device, before optimizers exist; their argument
     ``pretrained`` is the same. Under Lightning's own single-device and DDP strategies it happens at the start of the
     stage, on every process for itself; there the parameters must have memory (not be on meta). A run that goes on from
     a checkpoint (``ckpt_path``) is left as it is. Afterwards `report` says what was loaded.
@@ -74,8 +74,8 @@ class PretrainedInit(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         strategy = trainer.strategy
-        self._by_strategy = isinstance(strategy, LRTTStrategy)
-        if isinstance(strategy, LRTTStrategy):
+        self._by_strategy = isinstance(strategy, TileStrategy)
+        if isinstance(strategy, TileStrategy):
             if strategy.pretrained not in (None, self.pretrained):
                 raise MisconfigurationException(
                     "PretrainedInit: the strategy must have no `pretrained` beside this callback, got both; leave "
@@ -84,9 +84,8 @@ class PretrainedInit(Callback):
             strategy.pretrained = self.pretrained
         elif not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
             raise MisconfigurationException(
-                f"PretrainedInit: the strategy must leave parameters whole, got {type(strategy).__name__}; use "
-                f"lrtt, a single "
-                "device or ddp"
+                f"PretrainedInit: the strategy must leave parameters whole, got {type(strategy).__name__}; use lrtt, "
+                "lrtt_ddp, a single device or ddp"
             )
         elif any(parameter.is_meta for parameter in pl_module.parameters()):
             raise MisconfigurationException(

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_lrtt import LRTTConfig, LRTTDDPStrategy, devices
+from lightning_lrtt.nn import find_tiles
 from lightning_lrtt.strategies import segment_fit
+from lightning_lrtt.weights import Pretrained, plan
 
 BATCH, ROWS = 24, 96
 SOFT = devices.SoftBounds(dw_min=0.002, w_max=1.0, w_min=-1.0)
@@ -298,6 +300,44 @@ def keep_all(folder: Path) -> dict[str, Any]:
     """Trainer options: a checkpoint at every step."""
     callback = pl.callbacks.ModelCheckpoint(str(folder), every_n_train_steps=1, save_last=True)
     return {"enable_checkpointing": True, "callbacks": [callback]}
+
+
+def fit_pretrained(workers: int, path: str, mode: str, config: LRTTConfig, trouble: str = "", **options: Any) -> Any:
+    """A fit from a checkpoint, other random weights on every worker; what was read, sent and computed.
+
+    ``trouble``: ``missing`` or ``other`` gives worker 1 no file, or one with other values.
+    """
+    rank = int(os.environ["LOCAL_RANK"])
+    loads: list[str] = []
+    sent: list[int] = []
+    fill, broadcast, seeded = plan.LoadPlan.fill, torch.distributed._broadcast_coalesced, pl.seed_everything
+
+    def counted(self: Any, entry: Any) -> None:
+        loads.append(entry.name)
+        fill(self, entry)
+
+    def watched(group: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        sent.extend(t.data_ptr() for t in tensors)
+        return broadcast(group, tensors, *args, **kwargs)
+
+    def filled(self: Any) -> None:
+        original(self)
+        module = self.lightning_module
+        found["start"] = {name: t.effective_weight().tolist() for name, t in find_tiles(module).items()}
+        found["sent_c"] = len({t.weight.data_ptr() for t in find_tiles(module).values()} & set(sent))
+
+    found: dict[str, Any] = {}
+    original = LRTTDDPStrategy.on_train_start
+    plan.LoadPlan.fill, torch.distributed._broadcast_coalesced = counted, watched  # type: ignore[method-assign]
+    LRTTDDPStrategy.on_train_start = filled  # type: ignore[method-assign]
+    pl.seed_everything = lambda seed, **kwargs: seeded(3, **kwargs) and torch.manual_seed(100 + rank)
+    try:
+        where = f"{path}.{trouble}" if trouble and rank == 1 else path
+        found |= fit(workers, config=config, pretrained=Pretrained(where, mode), **options)  # type: ignore[arg-type]
+    finally:
+        plan.LoadPlan.fill, torch.distributed._broadcast_coalesced = fill, broadcast  # type: ignore[method-assign]
+        LRTTDDPStrategy.on_train_start, pl.seed_everything = original, seeded  # type: ignore[method-assign]
+    return found | {"loads": loads, "sent": len(sent)}
 
 
 class OtherNet(Net):

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import struct
 import threading
 import time
@@ -144,6 +145,12 @@ def test_a_split_checkpoint(tmp_path: Path) -> None:
     write_gguf(second, {"a": (values(2, 32), Kind.F32)}, split__count=2, split__no=1, split__tensors__count=2)
     with pytest.raises(CheckpointFormatError, match=r"tensor 'a'.*unique among all files"):
         LazyCheckpoint.open(first)
+    for count, said in (("2", "'2'"), ([2], "[2]")):  # regression: ended in an error of string formatting
+        path = write_gguf(tmp_path / "odd.gguf", {"a": (values(2, 32), Kind.F32)}, split__count=count)
+        with pytest.raises(
+            CheckpointFormatError, match=r"'split.count'.*must be a whole number, got " + re.escape(said)
+        ):
+            LazyCheckpoint.open(path)
     write_gguf(second, {"c": (values(2, 32), Kind.F32)}, split__count=2, split__no=0)
     with pytest.raises(CheckpointFormatError, match=r"part must be 1 of 2, got 0 of 2"):
         LazyCheckpoint.open(first)
@@ -172,6 +179,9 @@ def test_safetensors_of_every_dtype(tmp_path: Path) -> None:
     for name, expected in state.items():
         assert checkpoint[name].shape == tuple(expected.shape)
         assert same_bits(checkpoint[name].load(), expected)
+        if not expected.numel():
+            with pytest.raises(ValueError, match="must be a range"):
+                checkpoint[name][0:1]
         if expected.dim() == 2 and len(expected):
             assert same_bits(checkpoint[name].into(torch.empty(3, 4)), expected.float())
             assert same_bits(checkpoint[name][1:].load(), expected[1:])
@@ -191,6 +201,9 @@ def test_safetensors_of_several_files(tmp_path: Path) -> None:
         ('{"weight_map": {"a": "../one.safetensors"}}', "files must lie beside the index"),
         ('{"weight_map": {"a": "three.safetensors"}}', "there is no"),
         ('{"weight_map": {"z": "one.safetensors"}}', "tensor 'z'.*must be in their files"),
+        ('{"weight_map": {"a": ["one.safetensors"]}}', "files must lie beside the index"),
+        ('{"weight_map": {"a": null}}', "files must lie beside the index"),
+        ('{"weight_map": {"a": "one.safetensors"}, "metadata": 3}', "metadata must be an object, got 3"),
         ('{"weight_map": 3}', "JSON with a weight_map"),
         ("{", "JSON with a weight_map"),
     ]:
@@ -226,6 +239,8 @@ def test_arguments(many: Path, tmp_path: Path) -> None:
     tensor = LazyCheckpoint.open(many)["Q4_0"]
     with pytest.raises(ValueError, match=r"out must have the shape \[6, 512\]"):
         tensor.into(torch.empty(512, 6))
+    with pytest.raises(ValueError, match="out must have memory to take 'Q4_0', got one on the meta device"):
+        tensor.into(torch.empty(6, 512, device="meta"))  # regression: nothing was read, and nothing said
     with pytest.raises(TypeError, match="slices of step 1"):
         tensor[::2]
     with pytest.raises(ValueError, match="must be a range"):

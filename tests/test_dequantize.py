@@ -149,6 +149,8 @@ def test_refusals() -> None:
         dequantize_into(torch.empty(1, 64), blocks, "Q4_0")
     with pytest.raises(ValueError, match="blocks must be the Q4_0 blocks of 1 rows of 33"):
         dequantize_into(torch.empty(1, 33), blocks, "Q4_0")
+    with pytest.raises(ValueError, match="out must have memory, got a tensor on the meta device"):
+        dequantize_into(torch.empty(1, 32, device="meta"), blocks, "Q4_0")
     with pytest.raises(ValueError, match="type must be one of GGML's types, got 'Q9_9'"):
         dequantize_into(torch.empty(1, 32), blocks, "Q9_9")
     with pytest.raises(ValueError, match="type must be one that can be decoded, got Q8_1"):

@@ -85,6 +85,40 @@ def test_autoencoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert autoencoder("pulsed", tmp_path, capsys) < 1.1 * plain
 
 
+@pytest.mark.parametrize(("name", "kind"), [("config", "q8_0"), ("q4_0", "q4_0")])
+def test_gguf_finetune(
+    name: str, kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From each file: a loss before and after, with samples; pretraining and fine-tuning in a few steps."""
+    folder = tmp_path_factory.getbasetemp() / "gguf_finetune"  # the first of the two makes both files
+    folder.mkdir(exist_ok=True)
+    checkpoint = folder / f"llama-{kind}.gguf"
+    with caplog.at_level(logging.INFO, "lightning_lrtt"):
+        main(
+            [
+                "fit",
+                "--config",
+                f"examples/gguf_finetune/{name}.yaml",
+                f"--data.init_args.checkpoint={checkpoint}",
+                "--data.init_args.pretrain_steps=30",
+                f"--trainer.strategy.init_args.pretrained.init_args.path={checkpoint}",
+                f"--trainer.logger.init_args.save_dir={tmp_path}",
+                "--trainer.accelerator=cpu",
+                "--trainer.max_steps=30",
+                "--trainer.val_check_interval=30",
+                "--trainer.limit_val_batches=1",
+            ]
+        )
+    assert f"tensors, {checkpoint.stat().st_size / 1e6:.1f} MB from {checkpoint}" in caplog.text  # header: < 2 kB
+    said = re.findall(r"(before|after): validation loss ([0-9.]+), .* sample:\nThe statement .", caplog.text)
+    assert [when for when, _ in said] == ["before", "after"]
+    before, after = (float(loss) for _, loss in said)
+    # Bytes drawn at random cost log(256) = 5.5, by their frequency in the text 3.1.
+    assert before < 4.5
+    assert after < before - 0.1
+    assert list(tmp_path.glob("gguf_finetune*/version_0/checkpoints/*.ckpt"))
+
+
 def test_the_split_is_fixed_and_disjoint() -> None:
     sys.path.append(str(ROOT))
     from examples.digits.data import DigitsDataModule

@@ -45,6 +45,19 @@ def test_bits_are_those_of_the_cpu(kind: Kind, dtype: torch.dtype) -> None:
 
 
 @kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_bytes_at_all(kind: Kind, dtype: torch.dtype) -> None:
+    """Infinite and not-a-number scales too. A NaN's payload is the same in bfloat16 decoded from blocks only."""
+    size, width = gguf.GGML_QUANT_SIZES[kind]
+    raw = torch.from_numpy(np.random.default_rng(1).integers(0, 256, 64 * 8 * width, dtype=np.uint8))
+    cpu = dequantize_into(torch.empty(64, 8 * size, dtype=dtype), raw, kind)
+    gpu = dequantize_into(torch.empty(64, 8 * size, dtype=dtype, device="cuda"), raw, kind).cpu()
+    if dtype is torch.bfloat16 and size > 1:
+        assert same_bits(gpu, cpu)
+    torch.testing.assert_close(gpu, cpu, rtol=0, atol=0, equal_nan=True)
+
+
+@kinds
 def test_many_blocks(kind: Kind) -> None:
     size, _ = gguf.GGML_QUANT_SIZES[kind]
     raw = torch.from_numpy(random_blocks(np.random.default_rng(1), kind, 512, 4096 // min(size, 256))).reshape(-1)
@@ -63,6 +76,13 @@ def test_a_tensor_in_pieces_through_pinned_memory(kind: Kind, tmp_path: Path, mo
     assert same_bits(tensor.into(torch.empty(512, 256, device="cuda").t()).cpu().contiguous(), cpu)
     order = torch.randperm(256)
     assert same_bits(tensor.into(torch.empty(256, 512, device="cuda"), order).cpu()[order], cpu)
+
+
+def test_one_device_is_one_key(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "a.gguf", {"w": (np.ones((2, 32), np.float32), Kind.Q8_0)})
+    tensor = LazyCheckpoint.open(path)["w"]
+    first = tensor.load("cuda")
+    assert tensor.load(f"cuda:{torch.cuda.current_device()}") is first
 
 
 @pytest.mark.parametrize("meta", [False, True], ids=["real", "meta"])

@@ -265,11 +265,16 @@ def test_names_by(how: str, odd: tuple[Path, dict[str, Tensor]]) -> None:
 def test_names_may_be_rows_of_a_fused_tensor(tmp_path: Path) -> None:
     fused = torch.randn(5, 4)
     save_file({"fused": fused, "1.weight": torch.ones(2, 3)}, tmp_path / "a.safetensors")
-    with LazyCheckpoint.open(tmp_path / "a.safetensors") as checkpoint:
+    with LazyCheckpoint.open(tmp_path / "a.safetensors", cache_bytes=1 << 20) as checkpoint:
         module = nn.ModuleDict({"0": nn.Linear(4, 3, bias=False), "1": nn.Linear(3, 2, bias=False)})
         load_pretrained(module, checkpoint, names={"0.weight": checkpoint["fused"][1:4]})
+        pair = nn.ModuleDict({"a": nn.Linear(4, 3, bias=False), "b": nn.Linear(4, 2, bias=False)})
+        slices = {"a.weight": checkpoint["fused"][:3], "b.weight": checkpoint["fused"][3:]}
+        load_pretrained(pair, checkpoint, names=slices, strict=False)
+        assert checkpoint.flight.counts["loads"] == 0  # slices share no bytes: nothing is kept for another
     assert same_bits(module["0"].weight.detach(), fused[1:4])
     assert module["1"].weight.eq(1).all()  # what the dict leaves out keeps its name
+    assert same_bits(torch.cat([pair["a"].weight, pair["b"].weight]).detach(), fused)
 
 
 def test_everything_that_does_not_fit_is_in_one_error(tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from weights_helpers import VOCAB, Llama, write_llama
+from weights_helpers import VOCAB, Llama, write_gguf, write_llama
 
 from lightning_lrtt import LRTTConfig, LRTTStrategy, ResumableLoader, devices
 from lightning_lrtt.cli import main
@@ -381,6 +384,28 @@ def test_prefetching_races_with_the_forward_pass(llama: Any) -> None:
         assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
 
 
+def test_stopping_waits_for_the_tensor_that_is_being_read(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: a teardown moved the module to the CPU while the thread wrote into the memory it had before."""
+    path, expected = llama
+    module = Llama()
+    fill = lazily(module, path)
+    reading, read = threading.Event(), fill.plan.fill
+
+    def slow(entry: Any) -> None:
+        reading.set()
+        time.sleep(0.1)
+        read(entry)
+
+    monkeypatch.setattr(fill.plan, "fill", slow)
+    thread = fill.prefetch()
+    assert reading.wait(20)
+    fill.stop()
+    assert not thread.is_alive()
+    assert len(fill.pending) == len(expected) - 1
+    module(torch.zeros(1, 3, dtype=torch.int64))  # the hooks stay
+    assert not fill.pending
+
+
 def test_a_failing_prefetch_is_said_and_raised_where_needed(llama: Any, caplog: pytest.LogCaptureFixture) -> None:
     path, _ = llama
     module = Llama()
@@ -417,6 +442,9 @@ def test_callback_refusals(tmp_path: Path, llama: Any) -> None:
     path, _ = llama
     with pytest.raises(ValueError, match="mode must be one of 'progressive', 'lazy', 'prefetch', got 'eager'"):
         PretrainedInit(path, mode="eager")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="LRTTStrategy: pretrained must be a path or a Pretrained, got int"):
+        LRTTStrategy(pretrained=3)  # type: ignore[arg-type]
+    assert LRTTStrategy(pretrained=Path(path)).pretrained.path == path  # type: ignore[arg-type, union-attr]
     with pytest.raises(MisconfigurationException, match="must have no `pretrained` beside this callback"):
         trainer(tmp_path, LRTTStrategy(pretrained=path), [PretrainedInit(path)]).fit(Net(), loader())
     with pytest.raises(MisconfigurationException, match="meta device need the strategy lrtt, got SingleDeviceStrategy"):
@@ -603,6 +631,30 @@ def test_inspect(llama: Any, capsys: pytest.CaptureFixture[str], quiet_cli: None
     assert "general.architecture = 'llama'" in page
     (line,) = [line for line in page.splitlines() if line.startswith("blk.1.attn_k.weight")]
     assert line.split() == ["blk.1.attn_k.weight", "32x64", "Q8_0", "2176", "model.layers.1.self_attn.k_proj.weight"]
+
+
+def test_inspect_lists_values_and_tensors_that_nobody_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet_cli: None
+) -> None:
+    tensors = {"blk.0.attn_q.weight": Kind.F32, "blk.0.attn_k.weight": Kind.F32, "extra": Kind.F32}
+    numbers = np.ones((4, 32), np.float32)
+    path = str(write_gguf(tmp_path / "a.gguf", {n: (numbers, k) for n, k in tensors.items()}, llama__block_count=1))
+    with LazyCheckpoint.open(path) as checkpoint:
+        position = checkpoint["blk.0.attn_k.weight"].position + 40
+    with open(path, "r+b") as file:
+        file.seek(position)
+        file.write(np.float32(np.inf).tobytes())
+    main(["inspect", path])
+    assert capsys.readouterr().out.startswith(
+        "problems: 1\n  extra: not in the table of llama, no layer takes it by mapped names\n"
+    )
+    main(["inspect", path, "--verify-values"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        "problems: 2",
+        f"  blk.0.attn_k.weight: byte {position}: the scale of a F32 block must be finite, but is not",
+    ]
+    assert any(line.startswith("blk.0.attn_q.weight") for line in lines)  # and the rest of the page
 
 
 def test_inspect_with_a_module_shows_problems_first(

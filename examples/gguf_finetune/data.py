@@ -68,19 +68,23 @@ class TopicsDataModule(pl.LightningDataModule):
 
     Args:
         checkpoint: The GGUF file of the YAML's strategy; made if it is not there, in about a minute.
+        pretrain_steps: Steps of pretraining, where the file is made.
         batch_size: Windows in a batch.
         length: Bytes in a window.
         seed: Of the order of training windows.
     """
 
-    def __init__(self, checkpoint: str, batch_size: int = 16, length: int = 128, seed: int = 0) -> None:
+    def __init__(
+        self, checkpoint: str, pretrain_steps: int = 400, batch_size: int = 16, length: int = 128, seed: int = 0
+    ) -> None:
         super().__init__()
+        self.pretrain_steps = pretrain_steps
         self.checkpoint, self.batch_size, self.length, self.seed = checkpoint, batch_size, length, seed
 
     @override
     def prepare_data(self) -> None:
         if not Path(self.checkpoint).exists():
-            make_checkpoints(Path(self.checkpoint).parent, sources())
+            make_checkpoints(Path(self.checkpoint).parent, sources(), self.pretrain_steps)
 
     @override
     def setup(self, stage: str) -> None:

@@ -3,8 +3,7 @@
     python -m examples.gguf_finetune.make logs/gguf_finetune
 
 The fine-tuning example does it by itself when the file is not there. Files are written as llama.cpp's converter writes
-a
-Llama: names by the gguf library's table, rows of q and k interleaved, matrices in Q8_0 or Q4_0, norms in F32.
+a Llama: names by the gguf library's table, rows of q and k interleaved, matrices in Q8_0 or Q4_0, norms in F32.
 """
 
 from __future__ import annotations

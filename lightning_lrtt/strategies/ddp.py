@@ -29,6 +29,7 @@ from lightning_lrtt.strategies.segment_fit import SegmentFit
 from lightning_lrtt.strategies.segment_refuse import refuse
 from lightning_lrtt.strategies.tiles import TileStrategy
 from lightning_lrtt.strategies.tree import depth_of, owners
+from lightning_lrtt.weights import Pretrained
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
         exclude: Globs of qualified layer names that stay digital.
         tile_lr_scale: Factor on the configured lr for tiles.
         on_nonfinite: As in `LRTTStrategy`, for operands of pulses.
+        pretrained: As in `LRTTStrategy`. Every worker reads the file for itself and nothing that comes from it is sent; what
+            a lazy mode has left is read before the first training step, in which replicas are compared.
         segments: 12, 144 or 1728; at least as many as workers. Part of the numbers.
         nonfinite: A segment whose loss or gradient is not finite: ``raise`` names step and segments (on GPUs when the next
             step begins), ``skip`` leaves it out of the mean on all workers, ``report`` only logs it.
@@ -83,6 +86,7 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
         exclude: Sequence[str] | None = None,
         tile_lr_scale: float = 1.0,
         on_nonfinite: Literal["raise", "skip"] = "raise",
+        pretrained: str | Pretrained | None = None,
         segments: int = 12,
         nonfinite: Literal["raise", "skip", "report"] = "raise",
         segment_clip: float | None = None,
@@ -118,7 +122,7 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
             timeout=timedelta(seconds=timeout),
             start_method=start_method,
         )
-        self._init_tiles(config, include, exclude, tile_lr_scale, on_nonfinite)
+        self._init_tiles(config, include, exclude, tile_lr_scale, on_nonfinite, pretrained)
         self.segments, self.nonfinite, self.segment_clip = segments, nonfinite, segment_clip
         self.verify_every, self.threads, self.exchange = verify_every, threads, exchange
         self.self_test, self.timeout = self_test, timeout
@@ -156,13 +160,35 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
         self.fit = SegmentFit(self, trainer)
 
     @override
+    def _fill(self, trainer: pl.Trainer) -> None:
+        if self.pretrained is None:
+            return
+        error: Exception | None = None
+        try:
+            super()._fill(trainer)
+        except Exception as caught:  # told to the others, who would wait for this worker until their time is up
+            error = caught
+        if not self.reduce_boolean_decision(error is None):
+            raise error or MisconfigurationException(
+                f"LRTTDDPStrategy: pretrained must be readable by every worker, got {self.pretrained.path!r}, at which another "
+                "worker failed; its own error says why"
+            )
+
+    @override
     def configure_ddp(self) -> None:
-        _sync_module_states(self.lightning_module)  # no wrapper: the exchange is ours
+        # No wrapper: the exchange is ours. What every worker reads from the pretrained file is not sent.
+        read = [] if self.pretrained is None else self.pretrained.tensors()
+        with segment_fit.left_out_of_broadcasts(self.lightning_module, read):
+            _sync_module_states(self.lightning_module)
 
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
         assert self.fit is not None
+        if self.pretrained is not None and self.pretrained.tensors():
+            self.pretrained.finish()  # a layer that only some workers call must have the same weights on all
+            if self.world_size > 1:
+                self.fit.compare_replicas(self.lightning_module.trainer.global_step, "pretrained weights")
         self.fit.announce()
 
     @override

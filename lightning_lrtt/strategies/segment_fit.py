@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -134,7 +134,7 @@ class SegmentFit:
         if every and step % every == 0 and self.exchange.workers > 1:
             self.compare_replicas(step)
 
-    def compare_replicas(self, step: int) -> None:
+    def compare_replicas(self, step: int, what: str = "parameters and buffers") -> None:
         """Collective.
 
         Raises:
@@ -142,7 +142,7 @@ class SegmentFit:
         """
         tensors = [*self.module.parameters(), *self.module.buffers()]
         hashes = [words[0] for words in self.exchange.meet([hash64(tensors)])]
-        compare_hashes("parameters and buffers", hashes, step)
+        compare_hashes(what, hashes, step)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.strategy.precision_plugin.train_step_context():
@@ -266,6 +266,19 @@ def deterministic_cuda() -> list[Callable[[], None]]:
         undo.append(replace(torch.utils.deterministic, "fill_uninitialized_memory", False))
         undo.append(lambda: torch.use_deterministic_algorithms(False))
     return undo
+
+
+@contextlib.contextmanager
+def left_out_of_broadcasts(module: pl.LightningModule, tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Let torch's broadcast of module states leave out what every worker has read for itself."""
+    read = {id(tensor) for tensor in tensors}
+    named = (*module.named_parameters(), *module.named_buffers())
+    before = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
+    module._ddp_params_and_buffers_to_ignore = [*before, *(name for name, tensor in named if id(tensor) in read)]
+    try:
+        yield
+    finally:
+        module._ddp_params_and_buffers_to_ignore = before
 
 
 def keep_metrics_local(module: pl.LightningModule) -> list[Callable[[], None]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,12 +56,16 @@ class TileStrategy(_Base):
         exclude: Sequence[str] | None,
         tile_lr_scale: float,
         on_nonfinite: Literal["raise", "skip"],
-        pretrained: str | Pretrained | None = None,
+        pretrained: str | os.PathLike[str] | Pretrained | None = None,
     ) -> None:
         self.config = LRTTConfig() if config is None else config
         self.include, self.exclude = include, exclude
         self.tile_lr_scale, self.on_nonfinite = tile_lr_scale, on_nonfinite
-        self.pretrained = Pretrained(pretrained) if isinstance(pretrained, str) else pretrained
+        if isinstance(pretrained, str | os.PathLike):
+            pretrained = Pretrained(os.fspath(pretrained))
+        if not isinstance(pretrained, Pretrained | None):
+            raise TypeError(f"{self._me}: pretrained must be a path or a Pretrained, got {type(pretrained).__name__}")
+        self.pretrained = pretrained
         self._undo_averaging: Callable[[], None] | None = None
 
     @property
@@ -115,8 +120,7 @@ class TileStrategy(_Base):
         self._convert(self.lightning_module)
         self._convert_copies()
         self._refuse(trainer)
-        if self.pretrained is not None:  # before optimizers exist and before anything is wrapped
-            self.pretrained.apply(self.lightning_module, self.root_device, bar_of(trainer))
+        self._fill(trainer)  # before optimizers exist and before anything is wrapped
         self._restore_averaging()
         self._undo_averaging = average_by_effective_weights(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
         super().setup(trainer)
@@ -173,6 +177,11 @@ class TileStrategy(_Base):
         for optimizer in self.optimizers:
             if isinstance(optimizer, LRTT):
                 optimizer.check_finite()
+
+    def _fill(self, trainer: pl.Trainer) -> None:
+        """Read the pretrained weights, or install what will."""
+        if self.pretrained is not None:
+            self.pretrained.apply(self.lightning_module, self.root_device, bar_of(trainer))
 
     def _convert(self, model: Any) -> None:
         convert_to_lrtt(model, self.config, self.include, self.exclude)

@@ -20,45 +20,58 @@ class Transform:
     """How a stored tensor becomes a parameter.
 
     Attributes:
-        heads: Undo llama.cpp's interleaving of the two halves of each of this many heads' rows; 0: rows as they are.
+        heads: Put rows of this many heads back into order; 0: rows as they are.
+        fused: What the order was. False: llama.cpp's interleaving of the two halves of each head's rows (q and k).
+            True: all heads' q, then k, then v, of a layer that holds q, k and v of each head together.
         transpose: The file holds the transposed matrix.
         shift: Added after decoding.
     """
 
     heads: int = 0
+    fused: bool = False
     transpose: bool = False
     shift: float = 0.0
 
     def rows(self, source: LazyTensor) -> Tensor | None:
-        """Where each stored row goes: stored row (h, i, half) is row (h, half, i)."""
+        """Where each stored row goes: row (h, i, half) to (h, half, i), or of a fused layer (part, h, i) to (h, part, i).
+
+        Raises:
+            ValueError: If the rows are not whole heads.
+        """
         if not self.heads:
             return None
-        count = source.shape[0]
-        if count % (2 * self.heads):
+        count, parts = source.shape[0], 3 if self.fused else 2
+        if count % (parts * self.heads):
             raise ValueError(
-                f"load_pretrained: rows of {source.name!r} must be whole pairs of {self.heads} heads, got {count}; "
-                "check the head counts in the file's metadata, or give transforms={}"
+                f"load_pretrained: rows of {source.name!r} must be whole {'q, k and v' if self.fused else 'pairs'} of "
+                f"{self.heads} heads, got {count}; check the head counts in the file's metadata, or give transforms={{}}"
             )
-        return torch.arange(count).view(self.heads, 2, -1).transpose(1, 2).reshape(-1)
+        places = torch.arange(count).view(self.heads, parts, -1)
+        return places.transpose(*((0, 1) if self.fused else (1, 2))).reshape(-1)
 
     def __str__(self) -> str:
-        said = [f"rows of {self.heads} heads unpermuted"] if self.heads else []
+        said = [f"rows of {self.heads} {'fused ' if self.fused else ''}heads unpermuted"] if self.heads else []
         said += ["transposed"] if self.transpose else []
         return ", ".join(said + ([f"{self.shift:+g}"] if self.shift else []))
 
 
-# By llama.cpp's converter (convert_hf_to_gguf.py): globs of names in the file and what undoes what it did. An
-# architecture that is not here may transform values in a way of its own.
+# By llama.cpp's converter (convert_hf_to_gguf.py): globs of names in the file and what undoes what it did. Each entry is
+# tested on Hugging Face's model of that architecture; one that is not here may transform values in a way of its own.
 _NORM = {"*norm.weight": "minus_one"}
+_INTERLEAVED = {"blk.*.attn_q.*": "q_rows", "blk.*.attn_k.*": "k_rows"}
 ARCHITECTURES: dict[str, dict[str, str]] = {
-    "llama": {"blk.*.attn_q.*": "q_rows", "blk.*.attn_k.*": "k_rows"},
-    "granite": {"blk.*.attn_q.*": "q_rows", "blk.*.attn_k.*": "k_rows"},
+    "llama": _INTERLEAVED,  # Mistral, too
+    "granite": _INTERLEAVED,
     "gemma": _NORM,
     "gemma2": _NORM,
+    "gemma3": _NORM,
     "gpt2": {f"blk.*.{name}.weight": "transpose" for name in ("attn_qkv", "attn_output", "ffn_up", "ffn_down")},
+    "gptneox": {"blk.*.attn_qkv.*": "qkv_rows"},
+    "nemotron": _NORM,
     "phi3": {},
     "qwen2": {},
     "qwen3": {},
+    "stablelm": {},
     "starcoder2": {},
 }
 _NAMED = {"transpose": Transform(transpose=True), "minus_one": Transform(shift=-1.0), "none": Transform()}
@@ -74,12 +87,14 @@ def by_architecture(checkpoint: LazyCheckpoint, source: str) -> Transform:
     if arch not in ARCHITECTURES:
         raise ValueError(
             f"load_pretrained: the file's architecture must be one whose value transforms are known "
-            f"({', '.join(ARCHITECTURES)}), "
-            f"got {arch!r}; if its tensors hold the module's values as they are, give transforms={{}}"
+            f"({', '.join(ARCHITECTURES)}), got {arch!r}; if its tensors hold the module's values as they are, give "
+            "transforms={}"
         )
     for pattern, what in ARCHITECTURES[arch].items():
         if fnmatchcase(source, pattern):
-            return Transform(heads=_heads(checkpoint, arch, source, what)) if what.endswith("_rows") else _NAMED[what]
+            if what.endswith("_rows"):
+                return Transform(heads=_heads(checkpoint, arch, source, what), fused=what == "qkv_rows")
+            return _NAMED[what]
     return Transform()
 
 

@@ -132,6 +132,11 @@ class LazyCheckpoint(Mapping[str, LazyTensor]):
         return self._files[0].path
 
     @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(file.size for file in self._files)
+
+    @property
     def architecture(self) -> str | None:
         """``general.architecture`` of a GGUF file."""
         value = self.metadata.get("general.architecture") if self.format == "gguf" else None
@@ -189,12 +194,14 @@ def _read(files: list[CheckpointFile]) -> tuple[Mapping[str, Any], list[_gguf.Sp
 
 def _with_splits(files: list[CheckpointFile], metadata: Mapping[str, Any], spans: list[_gguf.Span]) -> list[_gguf.Span]:
     first, count = files[0], metadata.get("split.count", 1)
-    if count in (0, 1):
-        return spans
 
     def error(problem: str) -> CheckpointFormatError:
         return CheckpointFormatError(first.path, "metadata 'split.count'", 0, problem)
 
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise error(f"the number of files must be a whole number, got {count!r}")
+    if count < 2:
+        return spans
     match = _SPLIT.fullmatch(os.path.basename(first.path))
     if match is None or int(match[3]) != count or int(match[2]) != 1:
         raise error(
@@ -231,13 +238,17 @@ def _from_index(files: list[CheckpointFile]) -> tuple[Mapping[str, Any], list[_g
         raise error("index", f"the index must have at most {_LARGEST_INDEX} bytes, got {index.size}")
     try:
         content = json.loads(index.read(0, index.size))
-        places: dict[str, str] = dict(content["weight_map"])
+        places: dict[str, Any] = dict(content["weight_map"])
     except (ValueError, KeyError, TypeError, RecursionError) as cause:
         raise error("index", f"the index must be JSON with a weight_map, but {type(cause).__name__}: {cause}") from None
+    metadata = content.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise error("index", f"its metadata must be an object, got {metadata!r:.40}")
+    for name in places.values():
+        if not isinstance(name, str) or os.path.basename(name) != name:
+            raise error("weight_map", f"files must lie beside the index, got {name!r:.80}")
     spans = []
     for name in dict.fromkeys(places.values()):
-        if not isinstance(name, str) or os.path.basename(name) != name:
-            raise error("weight_map", f"files must lie beside the index, got {name!r}")
         path = os.path.join(os.path.dirname(index.path), name)
         if not os.path.isfile(path):
             raise error("weight_map", f"files must lie beside the index, but there is no {path}")
@@ -249,7 +260,7 @@ def _from_index(files: list[CheckpointFile]) -> tuple[Mapping[str, Any], list[_g
         raise error(
             f"tensor {missing[0]!r}", "tensors of the index must be in their files, but are not: " + ", ".join(missing)
         )
-    return content.get("metadata", {}), spans
+    return metadata, spans
 
 
 def _unique(spans: list[_gguf.Span]) -> None:

@@ -31,7 +31,7 @@ def dequantize_into(
         ``out``.
 
     Raises:
-        ValueError: If sizes do not fit, or nothing decodes the type.
+        ValueError: If sizes do not fit, ``out`` has no memory, or nothing decodes the type.
 
     Example:
         >>> import torch
@@ -40,6 +40,8 @@ def dequantize_into(
         tensor([0., 1.])
     """
     kind = type_of(type)
+    if out.is_meta:
+        raise ValueError("dequantize_into: out must have memory, got a tensor on the meta device")
     if not isinstance(blocks, Tensor):
         view = np.frombuffer(blocks, np.uint8)
         blocks = torch.from_numpy(view if view.flags.writeable else view.copy())

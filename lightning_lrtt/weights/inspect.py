@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -22,12 +21,13 @@ from lightning_lrtt.weights.errors import CheckpointFormatError
 from lightning_lrtt.weights.plan import LoadPlan, make_plan
 
 
-def describe(checkpoint: LazyCheckpoint, module: torch.nn.Module | None = None) -> str:
+def describe(checkpoint: LazyCheckpoint, module: torch.nn.Module | None = None, values: bool = False) -> str:
     """A page about a checkpoint.
 
     Args:
         checkpoint: An open one.
         module: Also say what it would get; its parameters may be on the meta device.
+        values: Read all tensors and check that their scales are finite.
 
     Returns:
         Problems, the file, its metadata, its tensors with types, sizes and where each would go.
@@ -36,6 +36,11 @@ def describe(checkpoint: LazyCheckpoint, module: torch.nn.Module | None = None) 
     for tensor in checkpoint.values():
         if not can_decode(tensor.type):
             problems.append(f"{tensor.name}: nothing decodes {tensor.type}")
+        elif values:
+            try:
+                tensor.verify_values()
+            except CheckpointFormatError as error:
+                problems.append(f"{tensor.name}: byte {error.position}: {error.problem}")
     arch = checkpoint.architecture
     if checkpoint.format == "gguf" and arch not in ARCHITECTURES:
         problems.append(
@@ -43,6 +48,12 @@ def describe(checkpoint: LazyCheckpoint, module: torch.nn.Module | None = None) 
         )
     if module is None:
         where = _names.suggest(checkpoint)
+        if arch in ARCHITECTURES:
+            problems += [
+                f"{name}: not in the table of {arch}, no layer takes it by mapped names"
+                for name in checkpoint
+                if name not in where and name not in _names.DERIVED
+            ]
     else:
         try:
             plan = make_plan(module, checkpoint, strict=False)
@@ -58,7 +69,7 @@ def describe(checkpoint: LazyCheckpoint, module: torch.nn.Module | None = None) 
     types = Counter(str(tensor.type) for tensor in checkpoint.values())
     lines += [
         f"{checkpoint.path}",
-        f"  {checkpoint.format}, {os.path.getsize(checkpoint.path)} bytes, {len(checkpoint)} tensors of "
+        f"  {checkpoint.format}, {checkpoint.size} bytes, {len(checkpoint)} tensors of "
         f"{size} bytes: " + ", ".join(f"{count} {name}" for name, count in types.most_common()),
         "",
         "metadata",
@@ -125,10 +136,7 @@ def main(args: Sequence[str]) -> None:
     try:
         module = None if given.module is None else _build(given.module, given.init_args)
         with LazyCheckpoint.open(given.checkpoint) as checkpoint:
-            page = describe(checkpoint, module)
-            if given.verify_values:
-                for tensor in checkpoint.values():
-                    tensor.verify_values()
+            page = describe(checkpoint, module, given.verify_values)
     except (OSError, ValueError, ImportError) as error:
         kind = "problem: " if isinstance(error, CheckpointFormatError) else ""
         parser.exit(1, f"lrtt inspect: {kind}{error}\n")

@@ -37,6 +37,7 @@ class LazyFill:
         self._lock = threading.Lock()
         self._filled: set[str] = set()
         self._finished, self._stop = False, threading.Event()
+        self._thread: threading.Thread | None = None
         self._work = _by_module(module, plan.entries)
         self._hooks: dict[nn.Module, Any] = {}
         self._others: list[Any] = [
@@ -67,13 +68,15 @@ class LazyFill:
 
     def prefetch(self) -> threading.Thread:
         """Start a thread that walks ahead of the forward passes; what fails there is raised where it is needed."""
-        thread = threading.Thread(target=self._walk, name="lrtt-prefetch", daemon=True)
-        thread.start()
-        return thread
+        self._thread = threading.Thread(target=self._walk, name="lrtt-prefetch", daemon=True)
+        self._thread.start()
+        return self._thread
 
     def stop(self) -> None:
-        """Let the prefetching thread end after the tensor that it is at; hooks stay."""
+        """End the prefetching thread after the tensor that it is at and wait for that; hooks stay."""
         self._stop.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()  # the module may be moved next, away from memory that is being written to
 
     def _walk(self) -> None:
         try:

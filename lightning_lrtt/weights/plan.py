@@ -77,8 +77,7 @@ class LoadPlan:
         start = time.perf_counter()
         out = entry.destination()
         rows = entry.transform.rows(entry.source)
-        flight = self.checkpoint.flight
-        if rows is None and flight.budget and sum(e.source.name == entry.source.name for e in self.entries) > 1:
+        if rows is None and self.checkpoint.flight.budget and self._shared(entry.source):
             out.copy_(entry.source.load(out.device))
         elif out.dim() == 1 and rows is not None:
             entry.source.into(out)
@@ -102,6 +101,11 @@ class LoadPlan:
             self._bytes += entry.source.nbytes
             self._span = self._span[0] or start, time.perf_counter()
         log.debug("%s <- %s (%s)", entry.name, entry.source.name, ", ".join(said) or "as stored")
+
+    def _shared(self, source: LazyTensor) -> bool:
+        """Whether several entries take the very bytes; slices of one tensor share nothing."""
+        own = source.name, source.position, source.nbytes
+        return sum((e.source.name, e.source.position, e.source.nbytes) == own for e in self.entries) > 1
 
     def _start_tile(self, name: str, tile: TileModule) -> list[str]:
         said = []
@@ -205,9 +209,8 @@ def make_plan(
         raise CheckpointMismatchError(_all_problems(checkpoint, missing, unexpected, mismatched))
     if lost:
         raise CheckpointMismatchError(
-            f"load_pretrained: tensors on the meta device must be in {checkpoint.path}, but are not: "
-            f"{', '.join(lost)}; build "
-            "them with memory (outside of torch.device('meta')), or map them with names="
+            f"load_pretrained: tensors on the meta device must be in {checkpoint.path}, but are not: {', '.join(lost)}; "
+            "build them with memory (outside of torch.device('meta')), or map them with names="
         )
     return LoadPlan(checkpoint, entries, missing, unexpected, mismatched, output_scale)
 

@@ -63,6 +63,7 @@ class Pretrained:
         self._module: weakref.ref[nn.Module] | None = None
         self._fill: LazyFill | None = None
         self._plan: LoadPlan | None = None
+        self._restored = False
 
     @property
     def report(self) -> LoadReport | None:
@@ -73,6 +74,14 @@ class Pretrained:
     def pending(self) -> list[str]:
         """Parameters that wait for their layer's first call."""
         return [] if self._fill is None else self._fill.pending
+
+    def tensors(self) -> list[torch.Tensor]:
+        """The parameters and buffers whose values come from the file; none before `apply` and after `restored`."""
+        return (
+            []
+            if self._plan is None or self._restored
+            else [getattr(entry.owner, entry.attr) for entry in self._plan.entries]
+        )
 
     def apply(self, module: nn.Module, device: torch.device, bar: str | None = None) -> None:
         """Fill the module on ``device``, or install what will; once for each module, and not after `restored`.
@@ -95,7 +104,7 @@ class Pretrained:
             )
             materialize(module, device)
             module.to(device)
-            self._plan = plan
+            self._plan, self._restored = plan, False
             if self.mode == "progressive":
                 with byte_bar(bar, plan.bytes, f"Loading {os.path.basename(self.path)}") as advance:
                     for entry in plan.entries:
@@ -117,7 +126,9 @@ class Pretrained:
         """A checkpoint is about to be loaded into the module: give it memory, and never fill it."""
         self.finish()
         materialize(module, device)
-        self._module = weakref.ref(module)
+        if not self._is(module):
+            self._plan = None
+        self._module, self._restored = weakref.ref(module), True
         log.debug("lightning_lrtt: %s is not loaded, a checkpoint of a run is", self.path)
 
     def finish(self) -> None:
@@ -155,8 +166,7 @@ class Pretrained:
         if clipped:
             worst = max(clipped, key=lambda name: clipped[name])
             log.warning(
-                "lightning_lrtt: pretrained weights at or beyond their devices' bounds in %d tiles, most in %s "
-                "(%.2g of "
+                "lightning_lrtt: pretrained weights at or beyond their devices' bounds in %d tiles, most in %s (%.2g of "
                 "the cells)",
                 len(clipped),
                 worst,

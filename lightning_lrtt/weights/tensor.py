@@ -59,7 +59,7 @@ class LazyTensor:
         if not isinstance(rows, slice) or rows.step not in (None, 1) or not self.shape:
             raise TypeError(f"LazyTensor: {self.name!r} takes slices of step 1 of its first dimension, got {rows!r}")
         first, last, _ = rows.indices(self.shape[0])
-        each = self.numel() // self.shape[0]
+        each = self.numel() // max(1, self.shape[0])
         if last <= first or first * each % self.type.block or last * each % self.type.block:
             raise ValueError(
                 f"LazyTensor: rows of {self.name!r} {list(self.shape)} must be a range that begins and ends with a "
@@ -86,7 +86,7 @@ class LazyTensor:
             ``out``.
 
         Raises:
-            ValueError: If the shape differs, or nothing decodes the type.
+            ValueError: If the shape differs, ``out`` has no memory, or nothing decodes the type.
             CheckpointChangedError: If the file is not the one that was opened.
             CheckpointFormatError: With ``verify="values"``, if a scale is not finite; then ``out`` is untouched.
         """
@@ -94,6 +94,8 @@ class LazyTensor:
             raise ValueError(
                 f"LazyTensor: out must have the shape {list(self.shape)} of {self.name!r}, got {list(out.shape)}"
             )
+        if out.is_meta:
+            raise ValueError(f"LazyTensor: out must have memory to take {self.name!r}, got one on the meta device")
         if not can_decode(self.type):
             raise ValueError(f"LazyTensor: {self.name!r} must have a type that can be decoded, got {self.type}")
         start = time.perf_counter()
@@ -124,6 +126,8 @@ class LazyTensor:
             A tensor that must not be written to; clone it, or use `into`.
         """
         target = torch.device("cpu" if device is None else device)
+        if target.type == "cuda" and target.index is None:  # one name for one device
+            target = torch.device("cuda", torch.cuda.current_device())
         kind = dtype or self.type.plain or torch.float32
         key = (self._file.identity, self.name, self.position, self.nbytes, kind, str(target))
         return self._flight.do(key, lambda: self.into(torch.empty(self.shape, dtype=kind, device=target)))
@@ -158,13 +162,53 @@ class LazyTensor:
 
     def _pieces(self, unit: int) -> Iterator[tuple[int, Tensor]]:
         """(index of the first unit, raw bytes) of pieces of whole units, in one buffer that is used again."""
-        count = max(1, _PIECE // unit)
-        total = self.nbytes // unit
-        buffer = torch.empty(min(count, total) * unit, dtype=torch.uint8)
-        for first in range(0, total, count):
-            piece = buffer[: min(count, total - first) * unit]
+        buffer = torch.empty(self._piece(unit), dtype=torch.uint8)
+        for first, size in self._spans(unit):
+            piece = buffer[:size]
             self._file.read_into(piece.numpy(), self.position + first * unit)
             yield first, piece
+
+    def _uploads(self, unit: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """As `_pieces`, on the device: while one piece is read into pinned memory, another is on its way and one decoded.
+
+        The caller decodes a piece on its current stream before it asks for the next.
+        """
+        size = self._piece(unit)
+        current, copying = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        copying.wait_stream(current)  # the device buffers may be memory that work on this stream still reads
+        slots = [
+            (
+                torch.empty(size, dtype=torch.uint8, pin_memory=True),
+                torch.empty(size, dtype=torch.uint8, device=device),
+                torch.cuda.Event(),  # the pinned buffer has been copied
+                torch.cuda.Event(),  # the device buffer has been decoded
+            )
+            for _ in range(2)
+        ]
+        try:
+            for i, (first, used) in enumerate(self._spans(unit)):
+                pinned, uploaded, copied, decoded = slots[i % 2]
+                copied.synchronize()
+                self._file.read_into(pinned[:used].numpy(), self.position + first * unit)
+                with torch.cuda.stream(copying):
+                    copying.wait_event(decoded)
+                    uploaded[:used].copy_(pinned[:used], non_blocking=True)
+                    copied.record(copying)
+                current.wait_event(copied)
+                yield first, uploaded[:used]
+                decoded.record(current)
+        finally:
+            current.wait_stream(copying)  # what is freed now is used again by work on the current stream
+            copying.synchronize()
+
+    def _piece(self, unit: int) -> int:
+        return min(max(1, _PIECE // unit), self.nbytes // unit) * unit
+
+    def _spans(self, unit: int) -> Iterator[tuple[int, int]]:
+        """(index of the first unit, bytes) of the pieces."""
+        size = self._piece(unit)
+        for at in range(0, self.nbytes, size):
+            yield at // unit, min(size, self.nbytes - at)
 
     def _fill(self, out: Tensor, rows: Tensor | None) -> None:
         if not self.nbytes:
@@ -183,7 +227,8 @@ class LazyTensor:
                 f"LazyTensor: out of {self.name!r} must be contiguous where it has other than two dimensions, got "
                 f"strides {out.stride()}"
             )
-        pieces = _uploads(self._pieces(unit), out.device) if out.is_cuda else self._pieces(unit)
+        decoded_there = out.is_cuda and (self.type.compiled or self.type.plain is not None)
+        pieces = self._uploads(unit, out.device) if decoded_there else self._pieces(unit)
         for first, raw in pieces:
             count = raw.numel() // unit
             if rows is not None:
@@ -192,21 +237,3 @@ class LazyTensor:
                 dequantize_into(matrix[first : first + count].view(1, -1), raw, self.type)
             else:
                 dequantize_into(matrix[first : first + count], raw, self.type)
-
-
-def _uploads(pieces: Iterator[tuple[int, Tensor]], device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """The pieces on the device, through two pinned buffers: one is copied to while the other is on its way."""
-    buffers: list[Tensor] = []
-    events = [torch.cuda.Event(), torch.cuda.Event()]
-    for i, (first, raw) in enumerate(pieces):
-        if len(buffers) < 2:
-            buffers.append(torch.empty(raw.numel(), dtype=torch.uint8, pin_memory=True))
-        else:
-            events[i % 2].synchronize()
-        pinned = buffers[i % 2][: raw.numel()]
-        pinned.copy_(raw)
-        uploaded = pinned.to(device, non_blocking=True)
-        events[i % 2].record(torch.cuda.current_stream(device))
-        yield first, uploaded
-    for event in events[: len(buffers)]:
-        event.synchronize()  # the buffers go back to the allocator
