@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -271,9 +272,9 @@ def relate(rows: Sequence[Row], to: str, as_name: str) -> None:
 
 def about(machine: Machine) -> dict[str, Any]:
     """Where and with what the figures were made."""
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    git = shutil.which("git")
+    command = [git or "", "describe", "--always", "--dirty"]
+    revision = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() if git else ""
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": machine.name,

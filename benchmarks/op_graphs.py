@@ -19,7 +19,7 @@ from measure import Options, Row, Step, in_turn, relate, say
 from torch import Tensor, nn
 
 from lightning_lrtt import LRTT, LRTTStrategy
-from lightning_lrtt.graphs import CudaRecorder
+from lightning_lrtt.graphs import CudaRecorder, GraphCaptureError
 
 LR = 0.01
 
@@ -158,7 +158,7 @@ def through_trainer(
         steps = 2 * o.transfer_every
         try:
             times.append(fit(_Module(layers(o)), batches, strategy, skip, steps, o.device, precision, graph))
-        except MisconfigurationException as why:
+        except (MisconfigurationException, GraphCaptureError) as why:
             row.missing = str(why)
             return row
         if graph is not None:

@@ -141,6 +141,7 @@ def _limited(o: Options) -> Iterator[Row]:
     """The most sequences that a step takes when the allocator may use ``limit_GiB`` only, eagerly in a bare loop."""
     total = torch.cuda.get_device_properties(0).total_memory
     _clean(o)
+    say(f"held before: {torch.cuda.memory_reserved() / GIB:.2f} GiB")
     torch.cuda.set_per_process_memory_fraction(min(1.0, o.limit_GiB * GIB / total))
     try:
         for name in ("dense, fused AdamW", "LR-TT pulsed"):
@@ -171,10 +172,10 @@ def _try(o: Options, name: str, rows: int) -> tuple[float | None, float | None]:
 
 
 def _loop(o: Options, name: str, rows: int) -> tuple[float, float | None]:
-    """Two steps to warm up, four timed."""
+    """Two steps to warm up, four timed; tiles transfer in every third."""
     model = model_of(o)
     if name.startswith("LR-TT"):
-        convert_to_lrtt(model, c.config(c.SOFT, o.rank, o.transfer_every))
+        convert_to_lrtt(model, c.config(c.SOFT, o.rank, 3))
     digital = torch.optim.AdamW(model.parameters(), lr=LR, fused=True)
     optimizer: Any = LRTT(digital=digital, tile_lr_scale=TILE_LR / LR) if find_tiles(model) else digital
     batch = torch.randint(o.vocab, (rows, o.tokens), device=o.device)

@@ -32,10 +32,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Op:
-    """Function ``name`` of ``module``, with its sizes in full and in quick runs."""
+    """Function ``name`` of ``module``, what it times, and its sizes in full and in quick runs."""
 
     module: str
     name: str
+    what: str
     full: dict[str, int]
     quick: dict[str, int]
 
@@ -45,36 +46,58 @@ def _layer(size: int, samples: int, rank: int, **more: int) -> dict[str, int]:
 
 
 OPS: dict[str, Op] = {
-    "update": Op("op_kernels", "update", _layer(4096, 4096, 16), _layer(48, 40, 4)),
-    "transfer": Op("op_kernels", "transfer", {"size": 4096, "rank": 16}, {"size": 48, "rank": 4}),
+    "update": Op(
+        "op_kernels",
+        "update",
+        "the pulsed update of A and B alone, light and heavy pulses",
+        _layer(4096, 4096, 16),
+        _layer(48, 40, 4),
+    ),
+    "transfer": Op(
+        "op_kernels",
+        "transfer",
+        "the transfer into C alone, few and many pulses a cell",
+        {"size": 4096, "rank": 16},
+        {"size": 48, "rank": 4},
+    ),
     "step": Op(
         "op_step",
         "step",
+        "one training step of a layer beside dense AdamW, LoRA and plain PyTorch; pulse counts, memory",
         _layer(4096, 4096, 16, transfer_every=32, ring=16),
         _layer(48, 40, 4, transfer_every=4, ring=2),
     ),
     "mlp24": Op(
         "op_graphs",
         "small",
+        "a deep narrow MLP: captured, eager, plain PyTorch, torch.compile, AdamW, LoRA; bare and through the Trainer",
         {"layers": 24, "width": 512, "batch": 64, "rank": 8, "transfer_every": 32},
         {"layers": 3, "width": 16, "batch": 8, "rank": 4, "transfer_every": 4},
     ),
     "large": Op(
         "op_graphs",
         "large",
+        "large layers: captured beside eager",
         {"layers": 2, "width": 4096, "batch": 4096, "rank": 16, "transfer_every": 32},
         {"layers": 2, "width": 16, "batch": 8, "rank": 4, "transfer_every": 4},
     ),
     "llama": Op(
         "op_llama",
         "llama",
+        "a Llama-shaped 1.1B model on pulsed tiles beside dense AdamW: tokens a second, memory, what fits into less",
         {"hidden": 2048, "layers": 22, "intermediate": 5632, "heads": 32, "kv_heads": 4, "vocab": 32000}
         | {"rows": 8, "tokens": 1024, "rank": 16, "transfer_every": 32, "limit_GiB": 16},
         {"hidden": 32, "layers": 2, "intermediate": 48, "heads": 4, "kv_heads": 2, "vocab": 64}
         | {"rows": 2, "tokens": 8, "rank": 4, "transfer_every": 2, "limit_GiB": 16},
     ),
-    "tree": Op("op_kernels", "segment_tree", {"floats": 10_000_000}, {"floats": 1000}),
-    "decode": Op("op_kernels", "decode", {"size": 16384}, {"size": 256}),
+    "tree": Op(
+        "op_kernels",
+        "segment_tree",
+        "the segment sum beside zero, additions, scale",
+        {"floats": 10_000_000},
+        {"floats": 1000},
+    ),
+    "decode": Op("op_kernels", "decode", "GGML blocks to bf16", {"size": 16384}, {"size": 256}),
 }
 
 
@@ -222,11 +245,12 @@ def main() -> int:
     args = parser.parse_args()
     if args.list:
         for name, op in OPS.items():
-            doc = (function_of(op).__doc__ or "").splitlines()[0]
-            print(f"{name:9} {doc}\n{'':9} {' '.join(f'{k}={v}' for k, v in op.full.items())}")
+            print(f"{name:9} {op.what}\n{'':9} {' '.join(f'{k}={v}' for k, v in op.full.items())}")
         return 0
     if not args.op:
         parser.error("--op must name operations of --list")
+    for name in args.op:
+        sizes_of(OPS[name], args.quick, args.set)  # refuses before anything takes time
     if args.package:
         use_package(args.package)
     import torch
