@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_lrtt import LRTT, LRTTConfig, convert_to_lrtt, devices
 
-Training = tuple[nn.Module, Any]  # a module and what has zero_grad and step
+Training = tuple[Any, Any]  # a module and what has zero_grad and step
 SOFT, QUIET = devices.SoftBounds(), devices.SoftBounds(dw_min_std=0.0)  # with 30% variations from cell to cell
 
 
@@ -57,7 +58,8 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.up(self.down(x))
+        y: Tensor = self.base(x) + self.up(self.down(x))
+        return y
 
 
 def lora(model: nn.Module, rank: int) -> Training:
@@ -111,7 +113,8 @@ class ReferenceOptimizer:
 
     @torch.no_grad()
     def step(self) -> None:
-        torch._foreach_add_(self.trained, [p.grad for p in self.trained], alpha=-self.lr)
+        held = [p for p in self.trained if p.grad is not None]
+        torch._foreach_add_(tuple(held), tuple(p.grad for p in held if p.grad is not None), alpha=-self.lr)
         self.count += 1
         if self.count % self.transfer_every == 0:
             for tile in self.tiles:
@@ -156,7 +159,7 @@ def steps_with_gradients(
         y.backward(gradient)
         optimizer.step()
 
-    return [lambda gradient=gradient: step(gradient) for gradient in gradients]
+    return [partial(step, gradient) for gradient in gradients]
 
 
 def step_of_loss(training: Training, x: Tensor, autocast: Callable[[], Any] = contextlib.nullcontext) -> Step:

@@ -95,7 +95,7 @@ class Options:
 
     def __getattr__(self, name: str) -> int:
         try:
-            return self.__dict__["sizes"][name]
+            return int(self.__dict__["sizes"][name])
         except KeyError:
             raise AttributeError(name) from None
 
@@ -160,7 +160,7 @@ def window(steps: Sequence[Step], device: str, forbid_syncs: bool = False) -> li
             step()
             marks.append(time.perf_counter())
         return [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
+    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     with syncs_forbidden(device, forbid_syncs):
         events[0].record()
@@ -207,7 +207,7 @@ def captured(steps: Sequence[Step], device: str, forbid_syncs: bool = False) -> 
         for step in steps[:3]:
             step()
         return list(steps)
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for i in range(3):

@@ -13,7 +13,7 @@ from typing import Any
 import contenders as c
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_lrtt.callbacks import CUDAGraph
 from measure import Options, Row, Step, in_turn, relate, say
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ def recorded(step: Step, optimizer: LRTT | None, device: str) -> Step:
         optimizer.refresh_lr()
     for _ in range(3):
         recorder.eager(once)
-    replay = recorder.record(once).replay
+    replay: Step = recorder.record(once).replay
     if optimizer is None:
         return replay
 
@@ -76,7 +76,8 @@ class _Module(pl.LightningModule):
         self.net = net
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
-        return self.net(batch[0]).float().square().mean()
+        loss: Tensor = self.net(batch[0]).float().square().mean()
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=LR, fused=next(self.parameters()).is_cuda)
@@ -143,7 +144,7 @@ def fit(
 
 
 def through_trainer(
-    o: Options, name: str, device: Any, scope: str | None, batches: list[Any], precision: str, rounds: int
+    o: Options, name: str, device: Any, scope: Any, batches: list[Any], precision: str, rounds: int
 ) -> Row:
     """One row: the same step under the strategy lrtt, all of Lightning's loop and the batch's transfer included."""
     row = Row(name)
@@ -152,7 +153,7 @@ def through_trainer(
         return row
     times = []
     for _ in range(rounds):
-        graph = None if scope is None else CUDAGraph(scope=scope, on_failure="raise")  # type: ignore[arg-type]
+        graph = None if scope is None else CUDAGraph(scope=scope, on_failure="raise")
         strategy = LRTTStrategy(c.config(device, o.rank, o.transfer_every))
         skip = o.transfer_every if o.quick else 16
         steps = 2 * o.transfer_every
@@ -286,5 +287,5 @@ def _ratios(rows: list[Row]) -> None:
             ("eager / this", row.name.replace("captured", "eager")),
             ("plain PyTorch / this", "eager PyTorch LR-TT, digital"),
         ):
-            if by_name.get(other):
-                row.more[label] = by_name[other] / row.ms
+            if base := by_name.get(other):
+                row.more[label] = base / row.ms

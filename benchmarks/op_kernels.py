@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import contenders as c
 import numpy as np
@@ -16,10 +17,6 @@ from lightning_lrtt.ops import COUNTS, A, B
 from lightning_lrtt.strategies.tree import sum_program, tree
 
 LR, CALLS = 0.1, 16  # calls in a window
-
-
-def _counted(tile: LRTTLinear) -> Tensor:
-    return tile.tile_counts.clone()
 
 
 def update(o: Options) -> Iterator[Row]:
@@ -71,13 +68,13 @@ def update(o: Options) -> Iterator[Row]:
     before: dict[str, Tensor] = {}
 
     def start() -> None:
-        before.update({name: _counted(tile) for name, tile in tiles.items()})
+        before.update({name: tile.tile_counts.clone() for name, tile in tiles.items()})
 
     times = in_turn(runs, o.rounds, o.device, list(runs), start)
     for name, row in rows.items():
         row.ms, row.worst = times[name].median, times[name].worst
         if name in tiles:
-            delta = ((_counted(tiles[name]) - before[name]) / (o.rounds * CALLS)).tolist()
+            delta = ((tiles[name].tile_counts - before[name]) / (o.rounds * CALLS)).tolist()
             pulses = delta[COUNTS["pulses_a"]] + delta[COUNTS["pulses_b"]]
             row.more |= {"pulses": f"{pulses:.4g}", "a cell and sample": pulses / (2 * rank * size * n)}
             row.more["ns a pulse"] = 1e6 * row.ms / pulses if pulses else None
@@ -119,13 +116,13 @@ def transfer(o: Options) -> Iterator[Row]:
     before: dict[str, Tensor] = {}
 
     def start() -> None:
-        before.update({name: _counted(tile) for name, tile in tiles.items()})
+        before.update({name: tile.tile_counts.clone() for name, tile in tiles.items()})
 
     times = in_turn(runs, o.rounds, o.device, list(runs), start)
     for name, row in rows.items():
         copies = times[f"{name} copies"].median
         row.ms, row.worst = times[name].median - copies, times[name].worst - copies
-        delta = ((_counted(tiles[name]) - before[name]) / (o.rounds * CALLS)).tolist()
+        delta = ((tiles[name].tile_counts - before[name]) / (o.rounds * CALLS)).tolist()
         row.more = {"pulses a cell": delta[COUNTS["pulses_c"]] / size**2, "copies, ms": copies}
     yield from rows.values()
 
@@ -197,15 +194,15 @@ def _uploading(pinned: Tensor, staging: Tensor, out: Tensor, kind: object, rows:
     """Upload by ``rows`` rows on a stream of its own, each piece decoded while the next is on its way."""
     from lightning_lrtt.weights import dequantize_into
 
-    copying = torch.cuda.Stream()
+    copying = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def run() -> None:
         copying.wait_stream(torch.cuda.current_stream())
-        ready = []
+        ready: list[Any] = []
         with torch.cuda.stream(copying):
             for first in range(0, len(pinned), rows):
                 staging[first : first + rows].copy_(pinned[first : first + rows], non_blocking=True)
-                ready.append(torch.cuda.Event())
+                ready.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
                 ready[-1].record(copying)
         for first, event in zip(range(0, len(pinned), rows), ready, strict=True):
             event.wait()

@@ -31,7 +31,7 @@ def model_of(o: Options) -> nn.Module:
     # The same attention, known as one that wants no mask: to see whether one is needed transformers reads the positions
     # on the host, in every step, and within a capture makes a mask that keeps flash attention away.
     AttentionInterface.register("sdpa_causal", sdpa_attention_forward)
-    shape = LlamaConfig(
+    shape = LlamaConfig(  # type: ignore[call-arg]
         vocab_size=o.vocab,
         hidden_size=o.hidden,
         intermediate_size=o.intermediate,
@@ -45,7 +45,8 @@ def model_of(o: Options) -> nn.Module:
     )
     torch.manual_seed(0)
     with torch.device(o.device):
-        return LlamaForCausalLM(shape).train()
+        model: nn.Module = LlamaForCausalLM(shape).train()
+    return model
 
 
 class Llama(pl.LightningModule):
@@ -56,7 +57,8 @@ class Llama(pl.LightningModule):
         self.model = model
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        return self.model(input_ids=batch, labels=batch).loss
+        loss: Tensor = self.model(input_ids=batch, labels=batch).loss
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=LR, fused=True)
@@ -116,10 +118,10 @@ def _train(o: Options, row: Row, strategy: Any, batches: list[Tensor], form: str
     row.more["tokens a second"] = 1e3 * o.rows * o.tokens / row.ms
     row.more["peak, GiB"] = _peak(o)
     row.more["reserved, GiB"] = torch.cuda.max_memory_reserved() / GIB if o.device == "cuda" else None
-    linear = sum(m.weight.numel() for m in module.modules() if hasattr(m, "weight") and m.weight.dim() == 2)
-    embedding = o.vocab * o.hidden
     tiles = find_tiles(module)
-    row.flops = (4 if tiles else 6) * o.rows * o.tokens * (linear - embedding)
+    matrices = [p.numel() for name, p in module.named_parameters() if name.endswith("weight") and p.dim() == 2]
+    linear = sum(matrices) - o.vocab * o.hidden  # without the embedding
+    row.flops = (4 if tiles else 6) * o.rows * o.tokens * linear
     if tiles:
         counts = torch.stack([tile.tile_counts.cpu() for tile in tiles.values()])
         steps = skip + o.transfer_every

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import contenders as c
 import torch
@@ -11,7 +12,7 @@ from measure import Options, Row, Step, Times, captured, cycle, in_turn, relate,
 from pulse_expectation import ARRAYS, PulseExpectation
 from torch import Tensor, nn
 
-from lightning_lrtt import LRTT
+from lightning_lrtt import LRTT, devices
 from lightning_lrtt.nn import LRTTLinear
 from lightning_lrtt.ops import COUNTS
 
@@ -22,10 +23,8 @@ class Watched:
     """A pulsed tile, what it counted in the timed windows, and what it should have counted."""
 
     def __init__(self, training: c.Training, steps: list[Step]) -> None:
-        self.tile: LRTTLinear = training[0]  # type: ignore[assignment]
-        self.optimizer: LRTT = training[1]
-        self.steps = steps
-        tile = self.tile
+        tile: Any = training[0]
+        self.tile, self.optimizer, self.steps = tile, training[1], steps
         self.state = [tile.A.detach(), tile.B.detach(), tile.matrix, tile.tile_state, tile.tile_counts]
 
     def start(self) -> None:
@@ -72,7 +71,7 @@ def step(o: Options) -> Iterator[Row]:
     def linear() -> nn.Linear:
         return nn.Linear(size, size, bias=False, device=o.device)
 
-    def pulsed(device: c.devices.Device | None) -> c.Training:
+    def pulsed(device: devices.Device | None) -> c.Training:
         tile = LRTTLinear(size, size, bias=False, config=c.config(device, rank, every), device=o.device)
         return tile, LRTT(tile.parameters(), lr=LR)
 

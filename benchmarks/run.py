@@ -207,7 +207,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         times = {side: [_times(one, op) for one in found] for side, found in rounds.items()}
         for row in times["here"][0]:
             pairs = [
-                (h[row], b[row]) for h, b in zip(times["here"], times["base"], strict=True) if h.get(row) and b.get(row)
+                (h[row] or 0.0, b[row] or 0.0)
+                for h, b in zip(times["here"], times["base"], strict=True)
+                if h.get(row) and b.get(row)
             ]
             if pairs:
                 here, base = (statistics.median(side) for side in zip(*pairs, strict=True))
