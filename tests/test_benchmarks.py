@@ -207,6 +207,7 @@ def test_pulse_expectation_of_a_transfer(module: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # it compiles the core
 def test_base(tmp_path: Path) -> None:
     """Builds HEAD into a folder and times it beside what is installed."""
     out = tmp_path / "out.json"
