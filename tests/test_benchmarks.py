@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from helpers import clean_environment
 from torch import nn
 
-from lightning_lrtt import LRTT, LRTTConfig, devices
+import lightning_lrtt
+from lightning_lrtt import _C, LRTT, LRTTConfig, callbacks, devices
 from lightning_lrtt.nn import LRTTLinear
 from lightning_lrtt.ops import COUNTS
 
@@ -206,13 +208,40 @@ def test_pulse_expectation_of_a_transfer(module: Any) -> None:
     torch.testing.assert_close(seen.var(), watch.variance[2], rtol=0.4, atol=0)
 
 
+def test_another_package_beside_the_installed_one(
+    module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of ``--base`` but the build: the other package is a copy of this one, in a folder."""
+    bench, used = module("run"), tmp_path / "used"
+
+    def copy(ref: str, folder: Path) -> Path:
+        assert ref == "HEAD"
+        package = folder / "package" / "lightning_lrtt"
+        shutil.copytree(Path(lightning_lrtt.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(Path(callbacks.__file__).parent, package / "callbacks", dirs_exist_ok=True)
+        shutil.copy(_C.__file__, package)
+        with (package / "__init__.py").open("a") as file:
+            file.write(f"\nopen({str(used)!r}, 'a').write('x')\n")
+        return package.parent
+
+    monkeypatch.setattr(bench, "build", copy)
+    out = tmp_path / "out.json"
+    args = ["--op", "tree", "--quick", "--device", "cpu", "--base", "HEAD", "--rounds", "1", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["run.py", *args])
+    assert bench.main() == 0
+    assert used.read_text() == "x"  # in its round, and not in the other side's
+    found = json.loads(out.read_text())
+    assert [row["row"] for row in found["ratios"]] == ["tree", "tree, norms and flags", "zero, 12 additions, scale"]
+    assert [len(side) for side in found["rounds"].values()] == [1, 1]
+    first = found["ratios"][0]
+    here, base = (found["rounds"][side][0]["ops"]["tree"]["rows"][0]["ms"] for side in ("here", "base"))
+    assert first["ratio"] == pytest.approx(here / base)
+    assert "| tree | zero, 12 additions, scale |" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # it compiles the core
-def test_base(tmp_path: Path) -> None:
-    """Builds HEAD into a folder and times it beside what is installed."""
-    out = tmp_path / "out.json"
-    done = run("--op", "tree", "--quick", "--device", "cpu", "--base", "HEAD", "--rounds", "1", "--json", str(out))
-    assert done.returncode == 0, done.stderr
-    ratios = json.loads(out.read_text())["ratios"]
-    assert [row["row"] for row in ratios] == ["tree", "tree, norms and flags", "zero, 12 additions, scale"]
-    assert all(row["ratio"] > 0 for row in ratios)
+def test_base_is_built(module: Any, tmp_path: Path) -> None:
+    package = module("run").build("HEAD", tmp_path)
+    assert list((package / "lightning_lrtt").glob("_C.*"))
+    assert (package / "lightning_lrtt" / "callbacks" / "cuda_graph.py").exists()
