@@ -1,4 +1,4 @@
-"""What segments cost on this machine: step time against plain DDP, exchanged bytes, the tree kernel.
+"""What segments cost on this machine: step time against plain DDP, exchanged bytes.
 
 Usage:  python benchmarks/segments.py [--workers 1 2] [--rounds 3] [--bytes] [--json out.json]
 
@@ -25,7 +25,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
-from segments_gpu import DIGITAL, PULSED, Model, tree_kernel
+from segments_gpu import DIGITAL, PULSED, Model
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -156,9 +156,6 @@ def main() -> None:
                     "ratio": round(statistics.median(ratios), 3),
                 }
             )
-    if not args.bytes:
-        torch.set_num_threads(1)
-        report.append(tree_kernel())
     for line in report:
         sys.stdout.write(json.dumps(line) + "\n")
     if args.json:

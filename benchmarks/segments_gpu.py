@@ -2,9 +2,8 @@
 
 Usage (one call, under two minutes on H200s):  python benchmarks/segments_gpu.py --json out.json
 
-Forks nothing and imports once per worker: every count is one group of spawned processes that runs all models. Also the
-tree kernel against zero + 12 additions + scale in torch, on one GPU. Prints one JSON line for each result; exit status 1 if
-digests differ.
+Forks nothing and imports once per worker: every count is one group of spawned processes that runs all models. Prints one
+JSON line for each result; exit status 1 if digests differ. The tree kernel is timed by `run.py --op tree`.
 """
 
 from __future__ import annotations
@@ -176,51 +175,6 @@ def work(rank: int, workers: int, port: int, accelerator: str, rows: int, steps:
     (Path(folder) / f"{workers}.{rank}.json").write_text(json.dumps(results))
 
 
-def tree_kernel(size: int = 10_000_000) -> dict[str, Any]:
-    """Median ms of the fused kernel (sum alone, and with norms and flags), of zero + 12 adds + scale, and of a copy."""
-    from lightning_lrtt.strategies.tree import sum_program, tree
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    slots = [torch.randn(size, device=device) for _ in range(12)]
-    out, target = torch.empty(size, device=device), torch.empty(size, device=device)
-    options: dict[str, Any] = {"dtype": torch.float64, "device": device}
-    ones, scale, stats, none = (
-        torch.ones(12, **options),
-        torch.full((1,), 1 / 12, **options),
-        torch.zeros(12, 2, **options),
-        torch.zeros(0, **options),
-    )
-    program = sum_program((tree(12),))
-
-    def adds() -> None:
-        out.zero_()
-        for slot in slots:
-            out.add_(slot)
-        out.mul_(1 / 12)
-
-    runs = {
-        "fused": lambda: torch.ops.lrtt.segment_sum_([out], slots, ones, scale, none, program, False),
-        "fused_with_norms": lambda: torch.ops.lrtt.segment_sum_([out], slots, ones, scale, stats, program, False),
-        "torch": adds,
-        "copy": lambda: target.copy_(slots[0]),
-    }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(11):
-        for name, function in runs.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return {
-        "kernel_ms": {name: statistics.median(t[1:]) for name, t in times.items()},
-        "floats": size,
-        "device": device,
-    }
-
-
 def main() -> None:
     """All counts; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -233,7 +187,7 @@ def main() -> None:
     args = parser.parse_args()
     counts = args.workers or [n for n in (1, 2, 4) if n <= torch.cuda.device_count()]
     Path(args.folder).mkdir(parents=True, exist_ok=True)
-    results: list[dict[str, Any]] = [tree_kernel()]
+    results: list[dict[str, Any]] = []
     for workers in counts:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -269,7 +223,6 @@ def main() -> None:
                 json.dumps({"model": name, "workers": workers, "ms": ms, "ratio": round(ms["lrtt_ddp"] / ms["ddp"], 3)})
                 + "\n"
             )
-    out(json.dumps(results[0]) + "\n")
     if args.json:
         Path(args.json).write_text(json.dumps(results))
     sys.exit(failed)

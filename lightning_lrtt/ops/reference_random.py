@@ -177,7 +177,7 @@ def on_grid(p: Tensor, res: float, words: Tensor | None) -> Tensor:
 
 
 def bernoulli(key: int, p: Tensor, slots: int, sample: int, step: int, purpose: int, array: int) -> Tensor:
-    """``[slots, elements]`` booleans: slot t of element j fires with probability p[j]; p >= 1 fires but for one word of 2^32."""
+    """``[slots, elements]`` booleans: slot t of element j fires with probability p[j], at most 1 - 2^-32."""
     pieces = [
         _bernoulli(key, p, min(slots - begin, 32), sample, step, counter3(purpose, array, begin // 32))
         for begin in range(0, slots, 32)
