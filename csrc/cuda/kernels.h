@@ -33,6 +33,11 @@ void read_input(const InputJob& job, Stream stream);
 void read_output(const OutputJob& job, Stream stream);
 void read_product(const ProductJob& job, Stream stream);
 
+// Whether a network of these groups can be relaxed by one kernel on the current device; scratch for so many samples.
+bool hopfield_fits(int odd, int even);
+size_t hopfield_bytes(int64_t samples);
+void hopfield_window(const HopfieldJob& job, void* workspace, Stream stream);
+
 int runtime_version();
 int driver_version();
 

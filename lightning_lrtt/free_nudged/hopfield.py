@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lrtt import _check
-from lightning_lrtt.free_nudged import couplings
+from lightning_lrtt.free_nudged import couplings, fused
 from lightning_lrtt.free_nudged.activations import activation_named, beta_range, cost_named, one_hot, solves_output
 from lightning_lrtt.free_nudged.system import Phase, States, System
 
@@ -63,6 +63,10 @@ class HopfieldMLP(System):
     Shape:
         x ``[N, ...]`` with ``sizes[0]`` elements a sample; targets are class indices ``[N]`` or values ``[N, K]``.
 
+    Attributes:
+        fused: Whether a window may run as one compiled kernel where `fused.serves` says so; False: always torch's
+            products.
+
     Raises:
         ValueError: If an argument is out of range.
 
@@ -81,6 +85,7 @@ class HopfieldMLP(System):
     """
 
     stackable = True
+    fused = True
 
     def __init__(
         self,
@@ -109,7 +114,7 @@ class HopfieldMLP(System):
             for layer in self.layers[1:]:
                 layer.weight.mul_(gain)  # type: ignore[operator]
         self.holomorphic = self.hidden.holomorphic and self.out.holomorphic
-        self._solves = solves_output(self.out, self.cost_function)
+        self.solves = solves_output(self.out, self.cost_function)
         self._outputs = "odd" if len(self.layers) % 2 else "even"
         self._widths = {"odd": self.sizes[1::2], "even": self.sizes[2::2]}
 
@@ -204,6 +209,9 @@ class HopfieldMLP(System):
         if clamped is not None and steps:
             odd, even = self._hold(odd, even, clamped)
         grads = torch.is_grad_enabled()
+        if self.fused and fused.serves(context.matrix, context.odd, odd, even):
+            new = fused.window(self, context, odd, even, target, beta, clamped, steps)
+            return dict(zip(("odd", "even"), new, strict=True))
         spare: list[Tensor | None] = [None] * 4 if grads else [torch.empty_like(t) for t in (odd, even, odd, even)]
         upward, downward = context.matrix.t(), context.matrix
         for step in range(steps):
@@ -221,7 +229,7 @@ class HopfieldMLP(System):
             return None
         assert target is not None
         column = beta.view(-1, 1)
-        if self._solves:
+        if self.solves:
             scale = 1.0 / (1.0 + column)
             return _Nudge(scale=scale, shift=column * target * scale)
         return _Nudge(beta=column, target=target)
