@@ -85,12 +85,12 @@ def test_falls_back(caplog: pytest.LogCaptureFixture) -> None:
     """Float64, gradients and couplings beyond shared memory go by torch's products, and a DEBUG line says why."""
     small, large = torch.zeros(4, 4, device="cuda"), torch.zeros(4096, 4096, device="cuda")
     with caplog.at_level(logging.DEBUG, "lightning_lrtt"):
-        assert not fused.serves(small)
+        assert not fused.serves(small, small)
         with torch.no_grad():
-            assert fused.serves(small)
-            assert not fused.serves(small.double())
-            assert not fused.serves(large)
-    assert all(word in text for word, text in zip(("gradients", "float64", "memory"), caplog.messages, strict=True))
+            assert fused.serves(small, small)
+            assert not fused.serves(small.double(), small.double())
+            assert not fused.serves(large, large)
+    assert all(word in text for word, text in zip(("gradients", "float64", "no kernel"), caplog.messages, strict=True))
 
 
 def test_captured() -> None:

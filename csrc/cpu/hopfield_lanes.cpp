@@ -1,24 +1,72 @@
 // The products of hopfield.h. Compiled with LRTT_ISA set to the name of an instruction set, like lanes.cpp and under
 // its rule: nothing here may call a non-inlined function of another header.
+#if defined(__x86_64__) || defined(__amd64__)
+#  include <immintrin.h>
+#endif
+
 #include "lanes.h"
 
 namespace lrtt {
 namespace {
 
-// One slice of `samples` samples: in registers from its first input to its last.
-template <int samples>
-LRTT_HD void slice(const float* states, int64_t stride, const float* weights, int inputs, float* sums) {
-  float acc[samples][kHopfieldUnits] = {};
-  for (int k = 0; k < inputs; ++k) {
-    const float* w = weights + int64_t(k) * kHopfieldUnits;
+// Vectors by hand: compilers do not keep the sums in registers. fma is the only operation, so all sets agree.
+#if defined(__AVX512F__)
+using Vector = __m512;
+LRTT_HD Vector zero() { return _mm512_setzero_ps(); }
+LRTT_HD Vector load(const float* p) { return _mm512_loadu_ps(p); }
+LRTT_HD Vector spread(float x) { return _mm512_set1_ps(x); }
+LRTT_HD Vector fma_(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+LRTT_HD void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
+constexpr int kRows = 8;  // kRows x kColumns sums in registers
+#elif defined(__FMA__)
+using Vector = __m256;
+LRTT_HD Vector zero() { return _mm256_setzero_ps(); }
+LRTT_HD Vector load(const float* p) { return _mm256_loadu_ps(p); }
+LRTT_HD Vector spread(float x) { return _mm256_set1_ps(x); }
+LRTT_HD Vector fma_(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+LRTT_HD void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
+constexpr int kRows = 4;
+#else
+using Vector = float;
+LRTT_HD Vector zero() { return 0.0f; }
+LRTT_HD Vector load(const float* p) { return *p; }
+LRTT_HD Vector spread(float x) { return x; }
+LRTT_HD void store(float* p, Vector v) { *p = v; }
+constexpr int kRows = 4;
+#endif
+constexpr int kWidth = sizeof(Vector) / sizeof(float), kColumns = 2;
+
+template <int rows>
+LRTT_HD void block(const float* states, int64_t stride, const float* weights, int inputs, float* sums) {
+  Vector acc[rows][kColumns];
 #pragma GCC unroll 8
-    for (int s = 0; s < samples; ++s) {
-      const float x = states[s * stride + k];
-#pragma GCC unroll 32
-      for (int u = 0; u < kHopfieldUnits; ++u) acc[s][u] = fma_(x, w[u], acc[s][u]);
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+    for (int c = 0; c < kColumns; ++c) acc[r][c] = zero();
+  for (int k = 0; k < inputs; ++k) {
+    Vector w[kColumns];
+#pragma GCC unroll 2
+    for (int c = 0; c < kColumns; ++c) w[c] = load(weights + int64_t(k) * kHopfieldUnits + c * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const Vector x = spread(states[r * stride + k]);
+#pragma GCC unroll 2
+      for (int c = 0; c < kColumns; ++c) acc[r][c] = fma_(x, w[c], acc[r][c]);
     }
   }
-  memcpy(sums, acc, sizeof(acc));
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+    for (int c = 0; c < kColumns; ++c) store(sums + r * kHopfieldUnits + c * kWidth, acc[r][c]);
+}
+
+// One slice of `samples` samples.
+template <int samples>
+LRTT_HD void slice(const float* states, int64_t stride, const float* weights, int inputs, float* sums) {
+  constexpr int rows = samples < kRows ? samples : kRows;
+  for (int u = 0; u < kHopfieldUnits; u += kColumns * kWidth)
+    for (int s = 0; s < samples; s += rows)
+      block<rows>(states + s * stride, stride, weights + u, inputs, sums + s * kHopfieldUnits + u);
 }
 
 template <int samples>
@@ -34,12 +82,20 @@ void products(const float* states, int64_t stride, const float* weights, int inp
     u[e] = slices_sum(sums[0][e], sums[1][e], sums[2][e], sums[3][e], sums[4][e], sums[5][e], sums[6][e], sums[7][e]);
 }
 
-void multiply(const float* states, int64_t stride, int samples, const float* weights, int inputs, float* u) {
-  if (samples == kHopfieldSamples) {
-    products<kHopfieldSamples>(states, stride, weights, inputs, u);
-  } else {
-    for (int s = 0; s < samples; ++s) products<1>(states + s * stride, stride, weights, inputs, u + s * kHopfieldUnits);
+template <int samples>
+void multiply_some(const float*& states, int64_t stride, int& left, const float* weights, int inputs, float*& u) {
+  for (; left >= samples; left -= samples) {
+    products<samples>(states, stride, weights, inputs, u);
+    states += samples * stride;
+    u += samples * kHopfieldUnits;
   }
+}
+
+void multiply(const float* states, int64_t stride, int samples, const float* weights, int inputs, float* u) {
+  multiply_some<8>(states, stride, samples, weights, inputs, u);
+  multiply_some<4>(states, stride, samples, weights, inputs, u);
+  multiply_some<2>(states, stride, samples, weights, inputs, u);
+  multiply_some<1>(states, stride, samples, weights, inputs, u);
 }
 
 template <class Function>

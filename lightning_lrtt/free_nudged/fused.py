@@ -19,18 +19,17 @@ _log = logging.getLogger("lightning_lrtt")
 def serves(matrix: Tensor, *tensors: Tensor) -> bool:
     """Whether the kernel relaxes these couplings and states; if not, torch's products do, and a DEBUG line says why.
 
-    It needs a CUDA device whose shared memory holds the couplings (about 1100 states in a group on an H100 or H200, 800
-    on an A100), float32, and that no gradients are recorded. On the CPU torch's products are as fast.
+    It takes float32 states through whose window no gradients are recorded, on a CPU with fused multiply-add (AVX2 and
+    later), and on a CUDA device whose shared memory holds the couplings (about 1100 states in a group on an H100 or
+    H200, 800 on an A100).
     """
     reason = ""
-    if not matrix.is_cuda:
-        return False
     if torch.is_grad_enabled():
         reason = "gradients are recorded through the window"
     elif any(t.dtype != torch.float32 for t in (matrix, *tensors)):
         reason = f"states are {tensors[-1].dtype}, not float32"
     elif not hopfield_fits(matrix):
-        reason = f"couplings {list(matrix.shape)} do not fit in the device's shared memory, or the build has no CUDA"
+        reason = f"no kernel for couplings {list(matrix.shape)} on {matrix.device}"
     if reason:
         _log.debug("HopfieldMLP: window by torch's products: %s", reason)
     return not reason

@@ -14,6 +14,7 @@ from lightning_lrtt import _check
 from lightning_lrtt.free_nudged import couplings, fused
 from lightning_lrtt.free_nudged.activations import activation_named, beta_range, cost_named, one_hot, solves_output
 from lightning_lrtt.free_nudged.system import Phase, States, System
+from lightning_lrtt.nn import TileModule
 
 
 @dataclass(frozen=True)
@@ -299,14 +300,26 @@ class HopfieldMLP(System):
         """See `System.contrast`; terms that do not depend on parameters are left out."""
         weights = [phase.weight for phase in phases]
         x = x.flatten(1).to(phases[0].states["odd"].real.dtype)
-        layers = [[x] * len(phases), *(list(s) for s in zip(*(self.split(p.states) for p in phases), strict=True))]
-        total: Tensor | None = None
+        # The layers of a group are cut out of its rows, which are made once.
+        groups = {
+            name: couplings.Sides([phase.states[name] for phase in phases], weights, form) for name in ("odd", "even")
+        }
+        below = self.split({name: side.x() for name, side in groups.items()})
+        above = self.split({name: side.d() for name, side in groups.items()})
+        sums = self.split({name: side.delta.sum(0, keepdim=True) for name, side in groups.items()})
+        first = groups["odd"].driven(x)
+        terms, parameters, gradients = [], [], []
         for i, layer in enumerate(self.layers):
-            rows, cotangents = couplings.outer_terms(layers[i], layers[i + 1], weights, form, driven=i == 0)
-            term = couplings.couple(layer, rows, cotangents)
+            rows, cotangents = (first[0], first[1][:, : self.sizes[1]]) if i == 0 else (below[i - 1], above[i])
+            if isinstance(layer, TileModule):
+                terms.append(couplings.couple(layer, rows, cotangents))
+            else:
+                parameters.append(layer.weight)  # type: ignore[arg-type]
+                gradients.append(cotangents.t() @ rows)
             bias = couplings.bias_of(layer, True)
             if bias is not None:
-                term = term + (bias * couplings.difference(layers[i + 1], weights).sum(0)).sum()
-            total = term if total is None else total + term
-        assert total is not None
-        return total / -len(x)
+                parameters.append(bias)
+                gradients.append(sums[i].flatten())
+        if parameters:
+            terms.append(couplings.linear(parameters, gradients))
+        return sum(terms[1:], terms[0]) / -len(x)

@@ -24,12 +24,13 @@ def _fits(odd: int, even: int, index: int) -> bool:
 
 
 def hopfield_fits(matrix: Tensor) -> bool:
-    """Whether `hopfield_window` can relax couplings of this size ``[odd, even]`` where they are: on a GPU, whose
-    weights stay in shared memory, depends on the device.
+    """Whether `hopfield_window` is the fast way for couplings of this size ``[odd, even]`` where they are: a GPU must
+    hold their weights in shared memory, a CPU must have fused multiply-add.
     """
-    if matrix.is_cuda and not build_info()["with_cuda"]:
-        return False
-    return not matrix.is_cuda or _fits(*matrix.shape, matrix.get_device())
+    info = build_info()
+    if matrix.is_cuda:
+        return bool(info["with_cuda"]) and _fits(*matrix.shape, matrix.get_device())
+    return matrix.is_cpu and info["cpu_instructions"] != "base"
 
 
 def hopfield_window(
