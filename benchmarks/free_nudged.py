@@ -33,14 +33,16 @@ SIZES, BATCH = [784, 512, 512, 10], 64
 Step = Callable[[], None]
 
 
-def two_phase(kind: str, order: str, t1: int, t2: int, device: str = "cpu") -> tuple[FreeNudgedModule, Step]:
-    """Windows, surrogate and its backward; no optimizer."""
+def two_phase(
+    kind: str, order: str, t1: int, t2: int, device: str = "cpu", fresh: bool = False
+) -> tuple[FreeNudgedModule, Step]:
+    """Windows, surrogate and its backward; no optimizer. ``fresh``: gradients are made anew, as Lightning does."""
     torch.manual_seed(0)
     module = FreeNudgedModule(HopfieldMLP(SIZES, order=order), Estimator(kind=kind, beta=0.1), t1, t2).to(device)  # type: ignore[arg-type]
     x, y = torch.rand(BATCH, SIZES[0], device=device), torch.arange(BATCH, device=device) % 10
 
     def step() -> None:
-        module.zero_grad(set_to_none=False)
+        module.zero_grad(set_to_none=fresh)
         module.training_step((x, y)).backward()
 
     return module, step
@@ -159,6 +161,36 @@ def accuracy(files: list[str], seeds: int) -> None:
         )
 
 
+def plain(t1: int, t2: int, device: str) -> Step:
+    """The same centered step as anybody would write it in PyTorch: closed form, a matrix a layer, no engine."""
+    torch.manual_seed(0)
+    system = HopfieldMLP(SIZES).to(device)
+    w = [layer.weight for layer in system.layers]
+    b = [layer.bias for layer in system.layers]
+    x, y = torch.rand(BATCH, SIZES[0], device=device), torch.arange(BATCH, device=device) % 10
+    target = (y.unsqueeze(1) == torch.arange(10, device=device)).float()
+
+    def relax(states: list[Tensor], drive: Tensor, steps: int, beta: float) -> list[Tensor]:
+        for _ in range(steps):
+            one = torch.tanh(drive + states[1] @ w[1])
+            two = torch.tanh(states[0] @ w[1].t() + b[1] + states[2] @ w[2])
+            out = states[1] @ w[2].t() + b[2]
+            states = [one, two, (out + beta * target) / (1 + beta) if beta else out]
+        return states
+
+    @torch.no_grad()
+    def step() -> None:
+        drive = torch.addmm(b[0], x, w[0].t())
+        free = relax([x.new_zeros(BATCH, n) for n in SIZES[1:]], drive, t1, 0.0)
+        plus, minus = relax(free, drive, t2, 0.1), relax(free, drive, t2, -0.1)
+        for i, layer in enumerate(system.layers):
+            below = (x, x) if i == 0 else (plus[i - 1], minus[i - 1])
+            layer.weight.grad = (minus[i].t() @ below[1] - plus[i].t() @ below[0]) / (0.2 * BATCH)
+            layer.bias.grad = (minus[i] - plus[i]).sum(0) / (0.2 * BATCH)
+
+    return step
+
+
 def capture(step: Step) -> Step:
     """The step as one CUDA graph."""
     side = torch.cuda.Stream()
@@ -173,46 +205,78 @@ def capture(step: Step) -> Step:
     return graph.replay
 
 
-def milliseconds(step: Step, rounds: int = 50) -> float:
-    """Median over 7 windows."""
-    times = []
-    for _ in range(8):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+def milliseconds(step: Step, device: str, seconds: float = 0.5) -> float:
+    """Median over 7 windows that take ``seconds`` together."""
+
+    def window(rounds: int) -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
         for _ in range(rounds):
             step()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / rounds)
-    return statistics.median(times[1:])
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start) / rounds
+
+    window(2)
+    rounds = max(1, round(1e3 * seconds / 7 / window(3)))
+    return statistics.median(window(rounds) for _ in range(7))
 
 
-def gpu() -> None:
-    """Eager and captured, with TF32 products as Lightning's ``medium`` and ``high`` use and without."""
+def waits(step: Step, device: str) -> str:
+    """How often one step makes the host wait for the device."""
+    if device != "cuda":
+        return "-"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        step()
+        torch.cuda.set_sync_debug_mode("default")
+    return str(sum("synchroniz" in str(w.message) for w in seen))
+
+
+def row(name: str, step: Step, device: str) -> None:
+    """One line of the table: eager, captured, waits."""
+    eager = milliseconds(step, device)
+    count = waits(step, device)
+    captured = milliseconds(capture(step), device) if device == "cuda" else None
+    times = "- | -" if captured is None else f"{captured:.3f} | {eager / captured:.1f}"
+    print(f"| {name} | {eager:.3f} | {times} | {count} |", flush=True)
+
+
+def gpu(device: str) -> None:
+    """Eager and captured. With ``--device cpu`` only the eager column, to see that it runs."""
     sys.path.append(str(ROOT))
     from examples.geometric_retrieval.model import GeometricModule
     from examples.geometric_retrieval.system import GeometricRetrieval
 
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print("| step | eager ms | captured ms |\n|---|---|---|")
-    for precision in ("highest", "high"):
-        torch.set_float32_matmul_precision(precision)
-        for kind in ("positive", "centered"):
-            for order, t1, t2 in (("synchronous", 20, 4), ("even_odd", 20, 4), ("even_odd", 10, 2)):
-                _, step = two_phase(kind, order, t1, t2, "cuda")
-                eager = milliseconds(step)
-                captured = milliseconds(capture(step))
-                print(f"| {kind}, {order} {t1}/{t2}, matmul {precision} | {eager:.3f} | {captured:.3f} |")
-    module = GeometricModule(system=GeometricRetrieval(), estimator=Estimator(kind="positive", beta=0.1)).cuda()
-    x, y = torch.randn(8, 8, device="cuda"), torch.arange(8, device="cuda")
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, T 20/4 unless stated, batch {BATCH}, float32\n")
+    print("| step | eager ms | captured ms | ratio | host waits |\n|---|---|---|---|---|", flush=True)
+    row("plain PyTorch, closed form, centered", plain(20, 4, device), device)
+    for kind, order, t1, t2, fused in (
+        ("centered", "synchronous", 20, 4, False),
+        ("centered", "synchronous", 20, 4, True),
+        ("positive", "synchronous", 20, 4, True),
+        ("centered", "even_odd", 20, 4, True),
+        ("centered", "even_odd", 10, 2, True),
+    ):
+        module, step = two_phase(kind, order, t1, t2, device, fresh=True)
+        module.system.fused = fused
+        row(f"{kind}, {order} {t1}/{t2}, {'one kernel a window' if fused else 'products of torch'}", step, device)
+    system = GeometricRetrieval()
+    module = GeometricModule(system=system, estimator=Estimator(kind="positive", beta=0.1)).to(device)
+    x, y = torch.randn(8, 8, device=device), torch.arange(8, device=device)
 
     def window() -> None:
-        module.zero_grad(set_to_none=False)
+        module.zero_grad(set_to_none=True)
         module.training_step((x, y)).backward()
 
-    eager = milliseconds(window, 10)
-    captured = milliseconds(capture(window))
-    print(f"| geometric, two windows of 64 steps, B = 8, n = 8, memory 2048 | {eager:.2f} | {captured:.3f} |")
+    def free() -> None:
+        module.engine.free(x)
+
+    row("geometric, free window of 64 steps, B = 8, n = 8, memory 2048", free, device)
+    row("geometric, step of two such windows and their gradient", window, device)
 
 
 def main() -> None:
@@ -221,6 +285,7 @@ def main() -> None:
     parser.add_argument("part", choices=["step", "digits", "geometric", "gpu"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="of the part 'gpu'")
     args = parser.parse_args()
     if args.part == "step":
         cpu_steps(args.rounds)
@@ -229,7 +294,7 @@ def main() -> None:
     elif args.part == "geometric":
         accuracy([f"geometric_retrieval/{name}.yaml" for name in ("config", "fixed")], args.seeds)
     else:
-        gpu()
+        gpu(args.device)
 
 
 if __name__ == "__main__":

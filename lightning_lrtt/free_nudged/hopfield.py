@@ -308,7 +308,9 @@ class HopfieldMLP(System):
         above = self.split({name: side.d() for name, side in groups.items()})
         sums = self.split({name: side.delta.sum(0, keepdim=True) for name, side in groups.items()})
         first = groups["odd"].driven(x)
-        terms, parameters, gradients = [], [], []
+        terms: list[Tensor] = []
+        parameters: list[Tensor] = []
+        gradients: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             rows, cotangents = (first[0], first[1][:, : self.sizes[1]]) if i == 0 else (below[i - 1], above[i])
             if isinstance(layer, TileModule):
