@@ -3,6 +3,7 @@
     python benchmarks/free_nudged.py step                  # 784-512-512-10, batch 64, T 20/4, one CPU thread
     python benchmarks/free_nudged.py digits --seeds 5      # test accuracy of examples/free_nudged_digits
     python benchmarks/free_nudged.py geometric --seeds 5   # test accuracy of examples/geometric_retrieval
+    python benchmarks/free_nudged.py compile               # a free window of 20 steps: eager, torch.compile, one kernel
     python benchmarks/free_nudged.py gpu                   # captured step and captured window, on a CUDA device
 
 ``step`` interleaves its rows, so that a busy machine slows them alike; it prints the fastest and the median CPU time.
@@ -26,7 +27,7 @@ import yaml
 from torch import Tensor
 
 from lightning_lrtt.cli import LRTTCLI
-from lightning_lrtt.free_nudged import Estimator, FreeNudgedModule, HopfieldMLP, System, TwoPhase
+from lightning_lrtt.free_nudged import Estimator, FreeNudgedModule, HopfieldMLP, States, System, TwoPhase
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES, BATCH = [784, 512, 512, 10], 64
@@ -110,6 +111,10 @@ def cpu_steps(rounds: int) -> None:
     rows: dict[str, Step] = {"plain backpropagation, same layers": backprop()}
     for kind in ("positive", "centered"):
         rows[f"autograd of Phi, synchronous 20/4, {kind}"] = by_autograd(kind, 20, 4)
+        module, rows[f"closed form by torch's products, synchronous 20/4, {kind}"] = two_phase(
+            kind, "synchronous", 20, 4
+        )
+        module.system.fused = False
         rows[f"closed form, synchronous 20/4, {kind}"] = two_phase(kind, "synchronous", 20, 4)[1]
         rows[f"closed form, even_odd 20/4, {kind}"] = two_phase(kind, "even_odd", 20, 4)[1]
         rows[f"closed form, even_odd 10/2, {kind}"] = two_phase(kind, "even_odd", 10, 2)[1]
@@ -121,6 +126,39 @@ def cpu_steps(rounds: int) -> None:
             if index >= 2:
                 times[name].append(1e3 * (time.process_time() - start))
     print("| step | fastest ms | median ms |\n|---|---|---|")
+    for name, values in times.items():
+        print(f"| {name} | {min(values):.1f} | {statistics.median(values):.1f} |")
+
+
+def compiled(rounds: int) -> None:
+    """A free window of 20 steps on one CPU thread: torch's products, the same compiled by inductor, the kernel."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    system, x = HopfieldMLP(SIZES), torch.rand(BATCH, SIZES[0])
+    with torch.no_grad():
+        context = system.prepare(x=x, differentiable=False)
+        states = system.start(x=x, context=context)
+
+    @torch.no_grad()
+    def window(odd: Tensor, even: Tensor) -> States:
+        return system.window(
+            x=x, context=context, states={"odd": odd, "even": even}, steps=20, target=None, beta=None, clamped=None
+        )
+
+    faster = torch.compile(window)
+    rows: dict[str, tuple[bool, Callable[[Tensor, Tensor], States]]] = {
+        "torch's products, eager": (False, window),
+        "torch's products, torch.compile": (False, faster),
+        "one compiled kernel": (True, window),
+    }
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    for index in range(rounds + 2):
+        for name, (system.fused, run) in rows.items():
+            start = time.process_time()
+            run(states["odd"], states["even"])
+            if index >= 2:
+                times[name].append(1e3 * (time.process_time() - start))
+    print("| free window, 20 steps | fastest ms | median ms |\n|---|---|---|")
     for name, values in times.items():
         print(f"| {name} | {min(values):.1f} | {statistics.median(values):.1f} |")
 
@@ -282,13 +320,15 @@ def gpu(device: str) -> None:
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["step", "digits", "geometric", "gpu"])
+    parser.add_argument("part", choices=["step", "compile", "digits", "geometric", "gpu"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="of the part 'gpu'")
     args = parser.parse_args()
     if args.part == "step":
         cpu_steps(args.rounds)
+    elif args.part == "compile":
+        compiled(args.rounds)
     elif args.part == "digits":
         accuracy([f"free_nudged_digits/{name}.yaml" for name in ("dense", "config", "pulsed")], args.seeds)
     elif args.part == "geometric":

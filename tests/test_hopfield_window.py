@@ -8,12 +8,14 @@ K <= 70 in float32: 70 * 6e-8 * 1 = 4e-6; 1e-5 leaves room for tanh and exp (2e-
 from __future__ import annotations
 
 import itertools
+import logging
 
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_lrtt.free_nudged import HopfieldMLP, States, fused
+from lightning_lrtt import build_info
+from lightning_lrtt.free_nudged import Estimator, HopfieldMLP, States, TwoPhase, fused
 
 SIZES = {"deep": (12, 40, 70, 33, 5), "odd_outputs": (12, 16, 9, 4), "one_layer": (7, 3), "two_layers": (9, 33, 65)}
 CASES = [
@@ -101,3 +103,79 @@ def test_zero_steps_and_untouched_arguments() -> None:
         assert torch.equal(fused.window(system, context, odd, even, None, None, None, 0)[0], odd)
         fused.window(system, context, odd, even, None, None, None, 3)
     assert torch.equal(odd, copies[0]) and torch.equal(even, copies[1])
+
+
+def test_samples_do_not_see_each_other() -> None:
+    """A sample's bits do not depend on the batch it is in, so stacked windows are those run one by one."""
+    system = network(SIZES["deep"])
+    x, y = torch.rand(N, 12), torch.arange(N) % 5
+    results = []
+    for system.stackable in (True, False):
+        outcome = TwoPhase(system, Estimator(beta=0.2), 8, 4).run(x, y)
+        results.append([phase.states[name] for phase in outcome.phases for name in ("odd", "even")])
+    for one, other in zip(*results, strict=True):
+        if build_info()["cpu_instructions"] != "base":
+            assert torch.equal(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_do_not_matter(threads: int) -> None:
+    """The same bits for any number of threads, of the same drives (those are products of torch)."""
+    system = network(SIZES["deep"])
+    odd, even = torch.rand(N, 73), torch.rand(N, 75)
+    with torch.no_grad():
+        context = system.prepare(x=torch.rand(N, 12), differentiable=False)
+    before, results = torch.get_num_threads(), []
+    try:
+        for number in (1, threads):
+            torch.set_num_threads(number)
+            results.append(fused.window(system, context, odd, even, None, None, None, 5))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_falls_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Float64, complex states and recorded gradients go by torch's products."""
+    matrix = torch.zeros(3, 4)
+    with caplog.at_level(logging.DEBUG, "lightning_lrtt"):
+        assert not fused.serves(matrix, matrix)
+        with torch.no_grad():
+            assert not fused.serves(matrix.double(), matrix.double())
+            assert not fused.serves(matrix.to(torch.complex64), matrix.to(torch.complex64))
+            assert not fused.serves(matrix.to("meta"), matrix.to("meta"))
+            assert fused.serves(matrix, matrix) == (build_info()["cpu_instructions"] != "base")
+    said = ("gradients are recorded", "float64, not float32", "complex64, not float32", "no kernel")
+    assert all(word in text for word, text in zip(said, caplog.messages, strict=False))
+    assert len(caplog.messages) >= len(said)
+
+
+def test_opcheck() -> None:
+    """Schema, fake and kernel agree."""
+    arguments = (torch.rand(3, 4), torch.rand(5, 3), torch.rand(4), torch.rand(5, 3), torch.rand(5, 4))
+    numbers = (2, False, 2, True, 0, 3)
+    op = torch.ops.lrtt.hopfield_window.default
+    torch.library.opcheck(op, (*arguments, None, None, *numbers, 0))
+    torch.library.opcheck(op, (*arguments, torch.rand(5, 2), torch.full((), 0.1), *numbers, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({1: torch.rand(5, 4)}, r"odd_drive must be \[5, 3\], got \[5, 4\]"),
+        ({0: torch.rand(3, 4).double()}, "matrix must be float32, got torch.float64"),
+        ({3: torch.rand(3, 5).t()}, "odd must be contiguous"),
+        ({5: torch.rand(5, 2)}, "target and beta must be given as nudge 0 needs them"),
+        ({7: -1}, "steps must be at least 0, got -1"),
+        ({9: 9}, "outputs must be some of their group's states, got 9"),
+        ({11: 7}, "rho, output_rho and nudge must be of RHO and NUDGE"),
+    ],
+)
+def test_bad_arguments(change: dict[int, object], message: str) -> None:
+    arguments: list[object] = [torch.rand(3, 4), torch.rand(5, 3), torch.rand(4), torch.rand(5, 3), torch.rand(5, 4)]
+    arguments += [None, None, 2, False, 2, True, 0, 3, 0]
+    for index, value in change.items():
+        arguments[index] = value
+    with pytest.raises((ValueError, TypeError), match=message):
+        torch.ops.lrtt.hopfield_window(*arguments)
