@@ -123,6 +123,8 @@ class GeometricModule(FreeNudgedModule):
             self.system.commit(x=x, states=states, target=self.system.encode(target=target))
             return None  # Lightning skips the optimizer's step
         outcome = self.engine.run(x, target, self.beta, self.statistics)
+        if self.statistics:
+            self._record(outcome)
         self.lior.copy_(outcome.free["lior"].mean(0))
         if self._trainer is not None:
             self.log("train/loss", outcome.cost, batch_size=len(x))

@@ -66,17 +66,16 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> Tensor:
-        half = len(tensors) // 2
-        parameters, ctx.gradients = tensors[:half], tensors[half:]
-        terms = [(p.detach() * g).sum() for p, g in zip(parameters, ctx.gradients, strict=True)]
-        ctx.dtypes = [p.dtype for p in parameters]
-        return torch.stack(terms).sum()
+        parameters = tensors[: len(tensors) // 2]
+        # Under autocast the gradients were made in its precision, the parameters were not.
+        ctx.gradients = [g.to(p.dtype) for p, g in zip(parameters, tensors[len(parameters) :], strict=True)]
+        terms = zip(parameters, ctx.gradients, strict=True)
+        return torch.stack([torch.dot(p.detach().flatten(), g.flatten()) for p, g in terms]).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [g.to(dtype) for g, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)]
-        return (*torch._foreach_mul(gradients, grad), *[None] * len(gradients))
+        return (*torch._foreach_mul(ctx.gradients, grad), *[None] * len(ctx.gradients))
 
 
 def linear(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
