@@ -310,19 +310,22 @@ def gpu(device: str) -> None:
         module, step = two_phase(kind, order, t1, t2, device, fresh=True)
         module.system.fused = fused
         row(f"{kind}, {order} {t1}/{t2}, {'one kernel a window' if fused else 'products of torch'}", step, device)
-    system = GeometricRetrieval()
-    module = GeometricModule(system=system, estimator=Estimator(kind="positive", beta=0.1)).to(device)
     x, y = torch.randn(8, 8, device=device), torch.arange(8, device=device)
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        module = GeometricModule(system=GeometricRetrieval(compiled=compiled), estimator=Estimator(kind="positive"))
+        module = module.to(device)
 
-    def window() -> None:
-        module.zero_grad(set_to_none=True)
-        module.training_step((x, y)).backward()
+        def window(module: GeometricModule = module) -> None:
+            module.zero_grad(set_to_none=True)
+            module.training_step((x, y)).backward()
 
-    def free() -> None:
-        module.engine.free(x)
+        def free(module: GeometricModule = module) -> None:
+            module.engine.free(x)
 
-    row("geometric, free window of 64 steps, B = 8, n = 8, memory 2048", free, device)
-    row("geometric, step of two such windows and their gradient", window, device)
+        by = ", torch.compile" if compiled else ""
+        row(f"geometric, free window of 64 steps, B = 8, n = 8, memory 2048{by}", free, device)
+        row(f"geometric, step of two such windows and their gradient{by}", window, device)
 
 
 def main() -> None:
