@@ -125,7 +125,7 @@ __device__ void finish(const HopfieldJob& job, const Tile& tile, const float* su
   }
 }
 
-// All blocks of a group have arrived `times` times. The counter only rises.
+// Until `target` blocks of the group have arrived. The counter only rises.
 __device__ void wait(uint32_t* counter, uint32_t target) {
   __syncthreads();
   if (threadIdx.x == 0) {
