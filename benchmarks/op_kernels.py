@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
-from typing import Any
 
 import contenders as c
-import numpy as np
 import torch
 from measure import Options, Row, Step, captured, in_turn, relate
 from torch import Tensor
@@ -151,61 +148,3 @@ def segment_tree(o: Options) -> Iterator[Row]:
     rows = [Row(name, found.median, found.worst, bytes=4 * 13 * size) for name, found in times.items()]
     relate(rows, "zero, 12 additions, scale", "/ additions")
     yield from rows
-
-
-def decode(o: Options) -> Iterator[Row]:
-    """GGML blocks to a bf16 matrix, on the device, and uploaded in pieces that are decoded while the next is on its way."""
-    import gguf
-    from gguf import GGMLQuantizationType as Kind
-
-    from lightning_lrtt.weights import dequantize_into
-
-    for name in ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "Q5_0", "MXFP4"):
-        kind, size = Kind[name], o.size
-        block, width = gguf.GGML_QUANT_SIZES[kind]
-        row_bytes = size // block * width
-        raw = np.random.default_rng(0).integers(0, 60, (size, row_bytes), dtype=np.uint8)  # scales stay finite
-        host = torch.from_numpy(raw)
-        blocks, out = host.to(o.device), torch.empty(size, size, dtype=torch.bfloat16, device=o.device)
-        dequantize_into(out, blocks.view(-1), kind)
-        expected = torch.from_numpy(np.array(gguf.dequantize(raw[:64], kind), dtype=np.float32)).view(-1, size)
-        same = torch.equal(out[:64].cpu().view(torch.int16), expected.bfloat16().view(torch.int16))
-
-        def on_device(out: Tensor = out, blocks: Tensor = blocks, kind: Kind = kind) -> None:
-            dequantize_into(out, blocks.view(-1), kind)
-
-        runs: dict[str, list[Step]] = {name: [on_device] * 4}
-        if o.device == "cuda":
-            pinned = host.pin_memory()
-            staging = torch.empty_like(blocks)
-            runs["upload"] = [partial(staging.copy_, pinned, non_blocking=True)] * 2
-            runs["both"] = [_uploading(pinned, staging, out, kind, max(1, (32 << 20) // row_bytes))] * 2
-        times = in_turn(runs, o.rounds, o.device)
-        moved = blocks.numel() + 2 * out.numel()
-        yield Row(name, times[name].median, times[name].worst, moved, checks={"bits of gguf.quants": same})
-        if o.device == "cuda":
-            upload, both = times["upload"].median, times["both"].median
-            bound = max(upload, 1e3 * moved / o.machine.bandwidth)
-            more = {"upload, GB/s": blocks.numel() / upload / 1e6, "of the bound": bound / both}
-            yield Row(f"{name}, uploaded", both, times["both"].worst, more=more)
-
-
-def _uploading(pinned: Tensor, staging: Tensor, out: Tensor, kind: object, rows: int) -> Step:
-    """Upload by ``rows`` rows on a stream of its own, each piece decoded while the next is on its way."""
-    from lightning_lrtt.weights import dequantize_into
-
-    copying = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-    def run() -> None:
-        copying.wait_stream(torch.cuda.current_stream())
-        ready: list[Any] = []
-        with torch.cuda.stream(copying):
-            for first in range(0, len(pinned), rows):
-                staging[first : first + rows].copy_(pinned[first : first + rows], non_blocking=True)
-                ready.append(torch.cuda.Event())  # type: ignore[no-untyped-call]
-                ready[-1].record(copying)
-        for first, event in zip(range(0, len(pinned), rows), ready, strict=True):
-            event.wait()
-            dequantize_into(out[first : first + rows], staging[first : first + rows].view(-1), kind)
-
-    return run

@@ -97,7 +97,6 @@ OPS: dict[str, Op] = {
         {"floats": 10_000_000},
         {"floats": 1000},
     ),
-    "decode": Op("op_kernels", "decode", "GGML blocks to bf16", {"size": 16384}, {"size": 256}),
 }
 
 

@@ -12,7 +12,8 @@
 #  include "cuda/kernels.h"
 #endif
 
-void bind_io(pybind11::module_& m);  // bindings_io.cpp
+void bind_io(pybind11::module_& m);        // bindings_io.cpp
+void bind_hopfield(pybind11::module_& m);  // bindings_hopfield.cpp
 
 namespace py = pybind11;
 using namespace lrtt;
@@ -322,6 +323,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   bind_io(m);
+  bind_hopfield(m);
   bind_weights(m);
   // A barrier in memory that processes share; the caller maps `barrier_bytes` of it.
   const auto barrier = [](uintptr_t p) { return reinterpret_cast<cpu::Barrier*>(p); };

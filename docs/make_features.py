@@ -30,6 +30,7 @@ GROUPS = (
     "Tools",
     "Data",
     "Models",
+    "Two-phase training (FreeNudgedModule)",
     "Command line",
     "Distributed",
 )

@@ -23,7 +23,7 @@ from lightning_lrtt.ops import COUNTS
 
 ROOT = Path(__file__).resolve().parent.parent
 SOFT = devices.SoftBounds()
-OPS = ("update", "transfer", "step", "mlp24", "large", "llama", "tree", "decode")
+OPS = ("update", "transfer", "step", "mlp24", "large", "llama", "tree")
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -60,8 +60,6 @@ def rows(op: str) -> dict[str, dict[str, Any]]:
 def test_every_operation_runs_on_a_cpu(op: str) -> None:
     if op == "llama":
         pytest.importorskip("transformers", reason="needs transformers (pip install transformers)")
-    if op == "decode":
-        pytest.importorskip("gguf", reason="needs gguf (pip install -e '.[weights]')")
     found = rows(op)
     timed = [row for row in found.values() if row["ms"] is not None]
     assert timed

@@ -254,10 +254,13 @@ def test_contrastive_holds_the_target() -> None:
 
 @pytest.mark.parametrize("kind", ["positive", "negative"])
 @pytest.mark.parametrize("output", ["linear", "tanh"])
-def test_window_protocol_without_nudge_is_bitwise_free(kind: str, output: str) -> None:
-    """From the start, beta = 0: the nudged window is the free one; from the free state: T2 more free steps."""
-    system = network(output=output)
-    zero = torch.zeros((), dtype=DOUBLE)
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32], ids=["float64", "float32"])
+def test_window_protocol_without_nudge_is_bitwise_free(kind: str, output: str, dtype: torch.dtype) -> None:
+    """From the start, beta = 0: the nudged window is the free one; from the free state: T2 more free steps. In float32
+    by the compiled window where there is one.
+    """
+    system = network(output=output, dtype=dtype)
+    zero = torch.zeros((), dtype=dtype)
     outcome = TwoPhase(system, estimator(kind), 12, 12, nudge_from="start").run(X, Y, zero)
     nudged = next(p for p in outcome.phases if p.beta is not None)
     assert all(torch.equal(nudged.states[name], outcome.free[name]) for name in outcome.free)

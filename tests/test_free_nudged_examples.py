@@ -62,3 +62,5 @@ def test_geometric(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     (folder,) = {path.parent for path in (tmp_path / "geometric").rglob("events.*")}
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     assert [e.step for e in events.Scalars("window/lior")][:3] == [64, 72, 144]
+    # The example's own training_step did not record what the monitor of its configuration logs.
+    assert all(e.value > 0 for e in events.Scalars("free_nudged/phase_distance"))

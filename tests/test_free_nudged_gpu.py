@@ -4,6 +4,7 @@ step.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -190,3 +191,47 @@ def test_geometric_window_captured() -> None:
                 torch.cuda.set_sync_debug_mode("default")
         results.append([module.system.g.detach().clone(), module.system.field.clone(), module.system.keys.clone()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+ROOT = Path(__file__).resolve().parent.parent
+ON_LRTT = ["--trainer.strategy=lightning_lrtt.LRTTStrategy", "--trainer.strategy.init_args.include=[]"]
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        ("free_nudged_digits/config.yaml", []),
+        ("free_nudged_digits/pulsed.yaml", []),
+        ("free_nudged_digits/dense.yaml", ON_LRTT),
+        ("geometric_retrieval/config.yaml", [*ON_LRTT, "--trainer.limit_train_batches=20"]),
+    ],
+    ids=["digital", "pulsed", "dense", "geometric"],
+)
+def test_examples_recorded_equal_eager(
+    config: str, more: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--trainer.callbacks+=CUDAGraph``: whole steps are replayed, and the checkpoint has the bits of the run without."""
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn: pip install -e '.[examples]'")
+    from lightning_lrtt.cli import main
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["lrtt"])
+    monkeypatch.setattr(logging.getLogger("lightning_lrtt"), "handlers", [logging.NullHandler()])
+    finals = []
+    for graphs in (False, True):
+        where = tmp_path / str(graphs)
+        words = ["fit", "-c", f"examples/{config}", *more, "--trainer.max_epochs=2", "--trainer.accelerator=gpu"]
+        words += [f"--trainer.logger.init_args.save_dir={where}", "--test_after_fit=false"]
+        main([*words, "--trainer.callbacks+=CUDAGraph"] if graphs else words)
+        (path,) = where.rglob("*.ckpt")
+        finals.append(torch.load(path, weights_only=False)["state_dict"])
+    for name, value in finals[0].items():
+        assert torch.equal(value, finals[1][name]), name
+    (folder,) = {path.parent for path in (tmp_path / "True").rglob("events.out*")}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    assert events.Scalars("graph/captures")[-1].value == 1
+    assert events.Scalars("graph/replays")[-1].value > 20

@@ -297,9 +297,23 @@ def test_bad_input() -> None:
 def test_windows_between_the_nudged_ones_remember_only() -> None:
     system, x, y = filled()
     module = GeometricModule(system=system, estimator=POSITIVE, nudge_every_windows=2, window=8)
-    assert module.training_step((x, y), 0) is not None
-    assert module.training_step((x + 1, y), 1) is None
+    assert module.training_step((x, y)) is not None
+    module.learning.eval()  # as on_train_batch_start does
+    assert module.training_step((x + 1, y)) is None
     assert int(system.written) == 70
+
+
+def test_compiled_steps() -> None:
+    """`torch.compile` fuses a step without changing it: free and nudged states to float32 rounding over 3 steps."""
+    plain, x, y = filled()
+    system = GeometricRetrieval(memory=64, classes=4, compiled=True)
+    system.load_state_dict(plain.float().state_dict())
+    ends = []
+    for one in (plain, system):
+        outcome = TwoPhase(one, POSITIVE, 3, 3, nudge_from="start").run(x.float(), y)
+        ends.append([phase.states["position"] for phase in outcome.phases] + [one.field])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_data_are_fixed_by_their_seed() -> None:

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <vector>
 
+#include "../hopfield.h"
 #include "../io.h"
 #include "../jobs.h"
 #include "../segments.h"
@@ -72,6 +73,10 @@ void read_output(const OutputJob& job, int threads);
 
 size_t workspace_bytes(const SegmentCall& call);
 void segment_sum(const SegmentCall& call, void* workspace, int threads);
+
+// A window of a Hopfield network (hopfield.h).
+size_t hopfield_bytes(const HopfieldJob& job);
+void hopfield_window(const HopfieldJob& job, void* workspace, int threads);
 
 const char* instruction_set();
 

@@ -2,6 +2,7 @@
 // the processor has is chosen at load; the numbers do not depend on the choice.
 #pragma once
 
+#include "../hopfield.h"
 #include "../io.h"
 #include "../jobs.h"
 
@@ -64,6 +65,18 @@ struct IoKernels {
   // Fills y[n]; returns whether an output was clipped.
   bool (*output)(const IoNumbers& io, const float* acc, int64_t n, const ReadId& id, float alpha, float sigma,
                  float* y);
+};
+
+// Products of hopfield.h; likewise, in hopfield_lanes.cpp.
+constexpr int kHopfieldUnits = 32, kHopfieldSamples = 8;
+
+struct HopfieldKernels {
+  const char* name;
+  // u[samples][kHopfieldUnits] = sums of up to kHopfieldSamples samples, whose states are `stride` apart, with packed
+  // weights[inputs][kHopfieldUnits].
+  void (*multiply)(const float* states, int64_t stride, int samples, const float* weights, int inputs, float* u);
+  // v[i] = apply_rho(rho, v[i]), i < n.
+  void (*activate)(int rho, float* v, int n);
 };
 
 }  // namespace lrtt

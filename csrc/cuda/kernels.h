@@ -45,6 +45,10 @@ struct SumJob {
 };
 
 void add_product(const SumJob& job, Stream stream);
+// Whether a network of these groups can be relaxed by one kernel on the current device; scratch for so many samples.
+bool hopfield_fits(int odd, int even);
+size_t hopfield_bytes(int64_t samples);
+void hopfield_window(const HopfieldJob& job, void* workspace, Stream stream);
 
 int runtime_version();
 int driver_version();

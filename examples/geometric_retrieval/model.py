@@ -88,6 +88,8 @@ class GeometricModule(FreeNudgedModule):
         **kwargs: As `FreeNudgedModule`, but for the window's length and ``nudge_from``.
     """
 
+    lior: Tensor
+
     def __init__(
         self,
         lr: float = 0.01,
@@ -104,33 +106,42 @@ class GeometricModule(FreeNudgedModule):
         self.lr, self.nudge_every_windows, self.step_progress_every = lr, nudge_every_windows, step_progress_every
         self.val_acc = MulticlassAccuracy(10, average="micro")
         self.test_acc = MulticlassAccuracy(10, average="micro")
-        self._lior: Tensor | None = None
+        self.register_buffer("lior", torch.zeros(window), persistent=False)
+        # A mode of a module rather than a number: steps of another mode have a CUDA graph of their own.
+        self.learning = torch.nn.Identity()
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self.learning.train(batch_idx % self.nudge_every_windows == 0)
 
     @override
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor | None:
         x, target = self.unpack(batch)
-        if batch_idx % self.nudge_every_windows:
+        if not self.learning.training:
             states = self.engine.free(x)
             self.system.commit(x=x, states=states, target=self.system.encode(target=target))
             return None  # Lightning skips the optimizer's step
         outcome = self.engine.run(x, target, self.beta, self.statistics)
-        self._lior = outcome.free["lior"].mean(0)
+        if self.statistics:
+            self._record(outcome)
+        self.lior.copy_(outcome.free["lior"].mean(0))
         if self._trainer is not None:
             self.log("train/loss", outcome.cost, batch_size=len(x))
-            self.log("train/lior", self._lior.sum(), batch_size=len(x))
+            self.log("train/lior", self.lior.sum(), batch_size=len(x))
         return self.engine.surrogate(x, outcome, self.beta)
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
-        if self.step_progress_every is None or self._lior is None:
+        if self.step_progress_every is None or not self.learning.training:
             return
         done = self.trainer.fit_loop.epoch_loop._batches_that_stepped
         if (done + 1) % self.trainer.log_every_n_steps == 0:
-            for step, value in enumerate(self._lior[:: self.step_progress_every].tolist()):
+            for step, value in enumerate(self.lior[:: self.step_progress_every].tolist()):
                 for logger in self.loggers:
                     logger.log_metrics(
-                        {"window/lior": value}, step=done * len(self._lior) + step * self.step_progress_every
+                        {"window/lior": value}, step=done * len(self.lior) + step * self.step_progress_every
                     )
 
     @override

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,12 @@ from torch import Tensor, nn
 from examples.geometric_retrieval.geometry import GivensRotor, diagonal
 from lightning_lrtt import _check
 from lightning_lrtt.free_nudged import States, System
+
+
+@lru_cache(maxsize=8)
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """By function, not by system: a copy of a system must not go on stepping the original."""
+    return torch.compile(function, dynamic=False)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,8 @@ class GeometricRetrieval(System):
         rate: Speed of approach, > 0.
         momentum: Share of the field in the velocity, in [0, 1).
         curvature: Strength of the scalar curvature.
+        compiled: Whether a step goes through `torch.compile`, which fuses its 35 small operators; hooks that are
+            overridden must suit it.
 
     Raises:
         ValueError: If a number is out of range.
@@ -78,6 +87,7 @@ class GeometricRetrieval(System):
         rate: float = 0.05,
         momentum: float = 0.1,
         curvature: float = 0.1,
+        compiled: bool = False,
     ) -> None:
         super().__init__(rate=rate)
         name = type(self).__name__
@@ -99,6 +109,7 @@ class GeometricRetrieval(System):
         self.register_buffer("keys", torch.zeros(memory, n))
         self.register_buffer("values", torch.zeros(memory, classes))
         self.register_buffer("written", torch.zeros((), dtype=torch.int64))
+        self.compiled = compiled
 
     # -------------------------------------------------------------- hooks of the window
 
@@ -181,29 +192,16 @@ class GeometricRetrieval(System):
     ) -> States:
         """``steps`` retrieval steps; path, curvature and LIoR of each step are appended to the states."""
         position, act, speed = states["position"], states["act"], states["speed"]
-        assert context.lengths is not None and context.barred is not None and context.prototypes is not None
+        assert context.prototypes is not None
         velocities, curvatures, liors = [], [], []
         pull = None if beta is None or target is None else target @ context.prototypes
+        one_step = _compiled(type(self)._step) if self.compiled else type(self)._step
         for _ in range(steps):
-            r = self.compute_R_sc(position=position)
-            q, candidates, kinds = self.build_retrieval_batch(context=context, position=position)
-            weighed = q * context.g
-            squared = torch.addmm(context.lengths, weighed, candidates.t(), alpha=-2.0) + (weighed * q).sum(
-                1, keepdim=True
-            )
-            cost = r.unsqueeze(1) * (squared.clamp(min=0.0) + self.eps).sqrt() + context.barred
-            act = torch.softmax(-self.retrieval_beta * cost, 1) @ kinds
-            velocity = self.get_velocity(context=context, position=position, act=act)
-            if pull is not None:
-                assert beta is not None
-                velocity = velocity + beta.view(-1, 1) * (pull - position)
-            turned = velocity @ context.turn.t()
-            spd = (diagonal(turned, context.g) + self.eps).sqrt()
+            position, act, velocity, r, spd = one_step(self, context, position, pull, beta)
             velocities.append(velocity)
             curvatures.append(r)
             liors.append(r * spd)
             speed = speed + spd
-            position = self.step_dynamics(position=position, velocity=velocity)
         return {
             "position": position,
             "act": act,
@@ -212,6 +210,24 @@ class GeometricRetrieval(System):
             "curvature": torch.cat([states["curvature"], torch.stack(curvatures, 1)], 1),
             "lior": torch.cat([states["lior"], torch.stack(liors, 1)], 1),
         }
+
+    def _step(
+        self, context: _Context, position: Tensor, pull: Tensor | None, beta: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The next position, and what was retrieved, the velocity, the curvature and the speed on the way."""
+        assert context.lengths is not None and context.barred is not None
+        r = self.compute_R_sc(position=position)
+        q, candidates, kinds = self.build_retrieval_batch(context=context, position=position)
+        weighed = q * context.g
+        squared = torch.addmm(context.lengths, weighed, candidates.t(), alpha=-2.0) + (weighed * q).sum(1, keepdim=True)
+        cost = r.unsqueeze(1) * (squared.clamp(min=0.0) + self.eps).sqrt() + context.barred
+        act = torch.softmax(-self.retrieval_beta * cost, 1) @ kinds
+        velocity = self.get_velocity(context=context, position=position, act=act)
+        if pull is not None:
+            assert beta is not None
+            velocity = velocity + beta.view(-1, 1) * (pull - position)
+        spd = (diagonal(velocity @ context.turn.t(), context.g) + self.eps).sqrt()
+        return self.step_dynamics(position=position, velocity=velocity), act, velocity, r, spd
 
     def energy(self, *, x: Tensor, context: _Context, states: States) -> Tensor:
         """Length of the path, weighted by curvature ``[B]``; differentiable by the metric."""

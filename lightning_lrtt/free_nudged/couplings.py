@@ -59,21 +59,28 @@ def check_layers(layers: Sequence[nn.Module], kinds: tuple[type[nn.Module], ...]
             )
 
 
-class _OuterProduct(torch.autograd.Function):
-    """``<d, x W^T>`` by way of ``G = d^T x``, its gradient: one product of the size of W instead of two."""
+class _Linear(torch.autograd.Function):
+    """``sum_i <g_i, p_i>`` of parameters p and their given gradients g, so with one product for a gradient and none for
+    the value.
+    """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, x: Tensor, d: Tensor) -> Tensor:
-        gradient = d.t() @ x
-        ctx.save_for_backward(gradient)
-        ctx.dtype = weight.dtype
-        return (gradient * weight.detach()).sum()
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        parameters = tensors[: len(tensors) // 2]
+        # Under autocast the gradients were made in its precision, the parameters were not.
+        ctx.gradients = [g.to(p.dtype) for p, g in zip(parameters, tensors[len(parameters) :], strict=True)]
+        terms = zip(parameters, ctx.gradients, strict=True)
+        return torch.stack([torch.dot(p.detach().flatten(), g.flatten()) for p, g in terms]).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient.to(ctx.dtype) * grad, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*torch._foreach_mul(ctx.gradients, grad), *[None] * len(ctx.gradients))
+
+
+def linear(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
+    """A scalar ``sum_i <g_i, p_i>`` whose gradients are the given ones."""
+    return _Linear.apply(*parameters, *gradients)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def couple(layer: nn.Module, x: Tensor, d: Tensor) -> Tensor:
@@ -88,22 +95,68 @@ def couple(layer: nn.Module, x: Tensor, d: Tensor) -> Tensor:
     if isinstance(layer, TileModule):
         return (d * layer.multiply(x)).sum()
     if isinstance(layer, nn.Linear):
-        product: Tensor = _OuterProduct.apply(layer.weight, x, d)  # type: ignore[no-untyped-call]  # torch's
-        return product
+        return linear([layer.weight], [d.t() @ x])
     assert isinstance(layer, (nn.Conv1d, nn.Conv2d))
     convolved: Tensor = layer._conv_forward(x, layer.weight, None)
     return (d * convolved).sum()
 
 
-def outer_terms(
-    lower: Sequence[Tensor], upper: Sequence[Tensor], weights: Sequence[complex], form: str, driven: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Rows x and d with ``sum d_i x_i^T = Re sum_k weight_k upper_k lower_k^T``.
+class Sides:
+    """One group of states as the rows that couplings are sent: ``sum d_i x_i^T = Re sum_k weight_k upper_k lower_k^T``
+    for the `x` of the states below and the `d` of those above.
 
     ``difference``: with the means m over the phases and ``D = Re sum_k weight_k s_k`` (the weights sum to 0), two
     phases of opposite weight give exactly ``m D'^T + D m'^T``: every product holds a difference, so no traffic
     cancels. More phases add ``sum_k weight_k (s_k - m)(s_k' - m')^T``. ``direct``: the products of each phase as they
     are.
+
+    Args:
+        states: One tensor ``[N, ...]`` a phase.
+        weights: One a phase.
+        form: ``difference`` or ``direct``.
+
+    Attributes:
+        delta: D, real ``[N, ...]``: what a bias is sent.
+    """
+
+    def __init__(self, states: Sequence[Tensor], weights: Sequence[complex], form: str) -> None:
+        self.delta = _combine(states, weights)
+        self._weights, self._differs = [complex(w) for w in weights], form == "difference"
+        self._complex = states[0].is_complex()
+        self._mean = _mean(states) if self._differs else self.delta
+        self._rest = list(states) if not self._differs else []
+        if self._differs and len(states) > 2:
+            self._rest = [s - self._mean for s in states]
+
+    def x(self) -> Tensor:
+        """As inputs ``[M, ...]``."""
+        rows = [part for s in self._rest for part in ((s.real, s.imag) if self._complex else (s,))]
+        return torch.cat([self._mean, self.delta, *rows] if self._differs else rows)
+
+    def d(self) -> Tensor:
+        """As outputs ``[M, ...]``."""
+        rows = []
+        for s, w in zip(self._rest, self._weights, strict=False):
+            if self._complex:  # Re((p + iq)(a + ib)(a' + ib')) = (p a - q b) a' - (p b + q a) b'
+                rows += [w.real * s.real - w.imag * s.imag, -(w.real * s.imag + w.imag * s.real)]
+            else:
+                rows.append(s * w.real)
+        return torch.cat([self.delta, self._mean, *rows] if self._differs else rows)
+
+    def driven(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x and d of the coupling to an input ``[N, ...]`` that is the same in all phases: in ``difference`` form only
+        the difference is sent.
+        """
+        if self._differs:
+            return x, self.delta
+        rows = [part for _ in self._rest for part in ((x, torch.zeros_like(x)) if self._complex else (x,))]
+        return torch.cat(rows), self.d()
+
+
+def outer_terms(
+    lower: Sequence[Tensor], upper: Sequence[Tensor], weights: Sequence[complex], form: str, driven: bool = False
+) -> tuple[Tensor, Tensor]:
+    """x and d of `Sides` for one coupling.
 
     Args:
         lower: States on the input side, one tensor ``[N, ...]`` a phase.
@@ -115,38 +168,13 @@ def outer_terms(
     Returns:
         x ``[M, ...]`` and d ``[M, ...]``.
     """
-    if form == "direct":
-        return _products(lower, upper, weights)
-    delta_upper = _combine(upper, weights)
-    if driven:
-        return _real(lower[0]), delta_upper
-    mean_lower, mean_upper = _mean(lower), _mean(upper)
-    x = [mean_lower, _combine(lower, weights)]
-    d = [delta_upper, mean_upper]
-    if len(weights) > 2:
-        more_x, more_d = _products([s - mean_lower for s in lower], [s - mean_upper for s in upper], weights)
-        x.append(more_x)
-        d.append(more_d)
-    return torch.cat(x), torch.cat(d)
+    above = Sides(upper, weights, form)
+    return above.driven(lower[0]) if driven else (Sides(lower, weights, form).x(), above.d())
 
 
 def difference(states: Sequence[Tensor], weights: Sequence[complex]) -> Tensor:
     """``Re sum_k weight_k s_k``: what a bias is sent."""
     return _combine(states, weights)
-
-
-def _products(lower: Sequence[Tensor], upper: Sequence[Tensor], weights: Sequence[complex]) -> tuple[Tensor, Tensor]:
-    x, d = [], []
-    for low, up, weight in zip(lower, upper, map(complex, weights), strict=True):
-        if not up.is_complex():
-            x.append(low)
-            d.append(up * weight.real)
-            continue
-        # Re((p + iq)(a + ib)(a' + ib')) = (p a - q b) a' - (p b + q a) b'
-        a, b = up.real, up.imag
-        x += [low.real, low.imag if low.is_complex() else torch.zeros_like(low)]
-        d += [weight.real * a - weight.imag * b, -(weight.real * b + weight.imag * a)]
-    return torch.cat(x), torch.cat(d)
 
 
 def _real(s: Tensor) -> Tensor:

@@ -141,9 +141,9 @@ class TwoPhase:
 
     @property
     def capturable(self) -> bool:
-        """Whether a step can be part of a CUDA graph: fixed windows, and no generator to restore."""
+        """Whether a step can be part of a CUDA graph: fixed windows, no generator to restore, no warm start."""
         self._register()
-        return self.tolerance is None and self._after.capturable
+        return self.tolerance is None and self._after.capturable and self.init == "zeros"
 
     # -------------------------------------------------------------- windows
 

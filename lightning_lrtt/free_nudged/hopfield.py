@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_lrtt import _check
-from lightning_lrtt.free_nudged import couplings
+from lightning_lrtt.free_nudged import couplings, fused
 from lightning_lrtt.free_nudged.activations import activation_named, beta_range, cost_named, one_hot, solves_output
 from lightning_lrtt.free_nudged.system import Phase, States, System
+from lightning_lrtt.nn import TileModule
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ class HopfieldMLP(System):
     Shape:
         x ``[N, ...]`` with ``sizes[0]`` elements a sample; targets are class indices ``[N]`` or values ``[N, K]``.
 
+    Attributes:
+        fused: Whether a window may run as one compiled kernel where `fused.serves` says so; False: always torch's
+            products.
+
     Raises:
         ValueError: If an argument is out of range.
 
@@ -82,6 +87,7 @@ class HopfieldMLP(System):
     """
 
     stackable = True
+    fused = True
 
     def __init__(
         self,
@@ -110,7 +116,7 @@ class HopfieldMLP(System):
             for layer in self.layers[1:]:
                 layer.weight.mul_(gain)  # type: ignore[operator]  # every layer here has a weight
         self.holomorphic = self.hidden.holomorphic and self.out.holomorphic
-        self._solves = solves_output(self.out, self.cost_function)
+        self.solves = solves_output(self.out, self.cost_function)
         self._outputs = "odd" if len(self.layers) % 2 else "even"
         self._widths = {"odd": self.sizes[1::2], "even": self.sizes[2::2]}
 
@@ -206,6 +212,9 @@ class HopfieldMLP(System):
         if clamped is not None and steps:
             odd, even = self._hold(odd, even, clamped)
         grads = torch.is_grad_enabled()
+        if self.fused and fused.serves(context.matrix, context.odd, odd, even):
+            new = fused.window(self, context, odd, even, target, beta, clamped, steps)
+            return dict(zip(("odd", "even"), new, strict=True))
         spare: list[Tensor | None] = [None] * 4 if grads else [torch.empty_like(t) for t in (odd, even, odd, even)]
         upward, downward = context.matrix.t(), context.matrix
         for step in range(steps):
@@ -223,7 +232,7 @@ class HopfieldMLP(System):
             return None
         assert target is not None
         column = beta.view(-1, 1)
-        if self._solves:
+        if self.solves:
             scale = 1.0 / (1.0 + column)
             return _Nudge(scale=scale, shift=column * target * scale)
         return _Nudge(beta=column, target=target)
@@ -293,14 +302,28 @@ class HopfieldMLP(System):
         """See `System.contrast`; terms that do not depend on parameters are left out."""
         weights = [phase.weight for phase in phases]
         x = x.flatten(1).to(phases[0].states["odd"].real.dtype)
-        layers = [[x] * len(phases), *(list(s) for s in zip(*(self.split(p.states) for p in phases), strict=True))]
-        total: Tensor | None = None
+        # The layers of a group are cut out of its rows, which are made once.
+        groups = {
+            name: couplings.Sides([phase.states[name] for phase in phases], weights, form) for name in ("odd", "even")
+        }
+        below = self.split({name: side.x() for name, side in groups.items()})
+        above = self.split({name: side.d() for name, side in groups.items()})
+        sums = self.split({name: side.delta.sum(0, keepdim=True) for name, side in groups.items()})
+        first = groups["odd"].driven(x)
+        terms: list[Tensor] = []
+        parameters: list[Tensor] = []
+        gradients: list[Tensor] = []
         for i, layer in enumerate(self.layers):
-            rows, cotangents = couplings.outer_terms(layers[i], layers[i + 1], weights, form, driven=i == 0)
-            term = couplings.couple(layer, rows, cotangents)
+            rows, cotangents = (first[0], first[1][:, : self.sizes[1]]) if i == 0 else (below[i - 1], above[i])
+            if isinstance(layer, TileModule):
+                terms.append(couplings.couple(layer, rows, cotangents))
+            else:
+                parameters.append(layer.weight)  # type: ignore[arg-type]
+                gradients.append(cotangents.t() @ rows)
             bias = couplings.bias_of(layer, True)
             if bias is not None:
-                term = term + (bias * couplings.difference(layers[i + 1], weights).sum(0)).sum()
-            total = term if total is None else total + term
-        assert total is not None
-        return total / -len(x)
+                parameters.append(bias)
+                gradients.append(sums[i].flatten())
+        if parameters:
+            terms.append(couplings.linear(parameters, gradients))
+        return sum(terms[1:], terms[0]) / -len(x)

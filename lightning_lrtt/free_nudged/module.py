@@ -86,6 +86,9 @@ class FreeNudgedModule(pl.LightningModule):
         if schedule is not None and not self.estimator.divides:
             raise _check.fail("FreeNudgedModule", "schedule", "None for kind 'contrastive'", schedule, "it has no beta")
         self.schedule, self.statistics = schedule, statistics
+        # An attribute that changes in every step with init="previous": whoever records steps sees that these are new
+        # tensors each time, which a graph would not hand on.
+        self.carried: Tensor | None = None
         self.stats = PhaseStats(OBSERVABLES)
         first = next(iter(system.parameters()))
         self.register_buffer("beta", torch.zeros((), dtype=first.dtype), persistent=False)
@@ -151,6 +154,8 @@ class FreeNudgedModule(pl.LightningModule):
         outcome = self.engine.run(x, target, self.beta, self.statistics)
         if self.statistics:
             self._record(outcome)
+        if self.engine.init == "previous":
+            self.carried = self.system.output(states=outcome.free)
         if self._trainer is not None:
             self.log("train/loss", outcome.cost, batch_size=len(x))
         return self.engine.surrogate(x, outcome, self.beta)

@@ -4,7 +4,13 @@ Importing this module registers ``torch.ops.lrtt.*``. `lightning_lrtt.ops.refere
 same words in plain PyTorch, slowly; tests use it as the oracle.
 """
 
-from lightning_lrtt.ops import io_kernels, kernels, schema, weight_kernels  # noqa: F401  registers the operators
+from lightning_lrtt.ops import (  # noqa: F401  registers the operators
+    hopfield_kernels,
+    io_kernels,
+    kernels,
+    schema,
+    weight_kernels,
+)
 from lightning_lrtt.ops.schema import COUNTER, COUNTS, CYCLE, FIXED_POINT, KEY, STATE_SIZE, STEP, A, B, C
 
 __all__ = ["COUNTER", "COUNTS", "CYCLE", "FIXED_POINT", "KEY", "STATE_SIZE", "STEP", "A", "B", "C"]

@@ -107,6 +107,14 @@ library.define(
     "segment_sum_(Tensor(a!)[] out, Tensor[] slots, Tensor weights, Tensor scale, Tensor(b!) stats, int[] program, bool redo) "
     "-> ()"
 )
+# A window of a layered Hopfield network (csrc/hopfield.h): M [odd, even], drives [N, odd] and [even], states [N, odd] and
+# [N, even], target [N, outputs], beta [] or [N], all float32; returns the new states. Numbers of rho and nudge:
+# `ops.hopfield_kernels`.
+library.define(
+    "hopfield_window(Tensor matrix, Tensor odd_drive, Tensor even_drive, Tensor odd, Tensor even, Tensor? target, "
+    "Tensor? beta, int steps, bool in_turn, int outputs, bool outputs_are_odd, int rho, int output_rho, int nudge) "
+    "-> (Tensor, Tensor)"
+)
 
 
 def planes(hyper: Tensor, array: int) -> int:
@@ -240,6 +248,18 @@ def _(out, slots, weights, scale, stats, program, redo):  # type: ignore[no-unty
             f"{len(out)} and {len(slots)}"
         ),
     )
+
+
+@torch.library.register_fake("lrtt::hopfield_window", lib=library)
+def _(matrix, odd_drive, even_drive, odd, even, target, beta, steps, *numbers):  # type: ignore[no-untyped-def]
+    torch._check(
+        odd.shape == odd_drive.shape and odd.shape[1] == matrix.shape[0] and even.shape[1] == matrix.shape[1],
+        lambda: (
+            f"hopfield_window: states [N, odd] and [N, even] must fit matrix [odd, even], got {list(odd.shape)}, "
+            f"{list(even.shape)}, {list(matrix.shape)}"
+        ),
+    )
+    return odd.new_empty(odd.shape), even.new_empty(even.shape)
 
 
 def _check_tiles(op: str, a_list: list[Tensor], b_list: list[Tensor], c_list: list[Tensor]) -> None:
