@@ -15,8 +15,6 @@ import jsonargparse
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
-import lightning_lrtt.callbacks
-import lightning_lrtt.devices  # short names in YAML: SoftBounds
 from lightning_lrtt import (  # noqa: F401  short names in YAML
     LRTT,
     LRTTDDPStrategy,
@@ -121,7 +119,9 @@ class LRTTCLI(LightningCLI):
         if self.subcommand != "fit" or not trainer or trainer.get("strategy") != "auto":
             return
         callbacks = trainer.get("callbacks") or []
-        if any(c.get("class_path") == _GRAPH for c in callbacks if isinstance(c, jsonargparse.Namespace)):
+        if any(
+            str(c.get("class_path")).endswith(".CUDAGraph") for c in callbacks if isinstance(c, jsonargparse.Namespace)
+        ):
             defaults = jsonargparse.ArgumentParser()
             defaults.add_class_arguments(LRTTStrategy, "strategy")
             arguments = defaults.get_defaults().strategy
@@ -138,9 +138,6 @@ class LRTTCLI(LightningCLI):
         if self.config.fit.test_after_fit and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best" if best else None)
-
-
-_GRAPH = f"{lightning_lrtt.callbacks.CUDAGraph.__module__}.CUDAGraph"
 
 
 class _Reader(LRTTCLI):
