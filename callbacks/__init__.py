@@ -11,6 +11,8 @@ from lightning_lrtt.callbacks.factory import default_callbacks
 from lightning_lrtt.callbacks.free_nudged_monitor import FreeNudgedMonitor
 from lightning_lrtt.callbacks.memory_cleanup import MemoryCleanup
 from lightning_lrtt.callbacks.pretrained_init import PretrainedInit
+from lightning_lrtt.callbacks.run_profile import RunProfile
+from lightning_lrtt.callbacks.tile_check import TileCheck
 from lightning_lrtt.callbacks.tile_monitor import TileMonitor
 
 __all__ = [
@@ -18,6 +20,8 @@ __all__ = [
     "FreeNudgedMonitor",
     "MemoryCleanup",
     "PretrainedInit",
+    "RunProfile",
+    "TileCheck",
     "TileMonitor",
     "default_callbacks",
 ]

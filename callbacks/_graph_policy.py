@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_lrtt import LRTT
 from lightning_lrtt.graphs import DeviceForm
 from lightning_lrtt.graphs.finder import read_argument
+from lightning_lrtt.strategies.seams import ExecutorSeams
 
 # Hooks that run inside a step: in a graph their Python would run once, at the capture, and never again.
 _IN_STEP = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
@@ -28,6 +29,8 @@ def silent_hooks(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
 def step_reasons(trainer: pl.Trainer, module: pl.LightningModule, device: torch.device) -> list[str]:
     """Why whole steps of this run cannot be recorded; empty if nothing is known to be in the way."""
     reasons = []
+    if not isinstance(trainer.strategy, ExecutorSeams):
+        return [f"{type(trainer.strategy).__name__} reduces over workers inside a step, which is not recorded"]
     if not module.automatic_optimization:
         return ["manual optimization: training_step itself calls the optimizers"]
     if hooks := silent_hooks(trainer, module):

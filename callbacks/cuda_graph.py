@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_lrtt import LRTT, _check
 from lightning_lrtt.graphs import CudaRecorder, DeviceForm, PhaseTimer, Recorder, TileGraphs
 from lightning_lrtt.strategies.seams import ExecutorSeams
+from lightning_lrtt.strategies.tiles import TileStrategy
 
 log = logging.getLogger("lightning_lrtt")
 
@@ -145,7 +146,7 @@ class CUDAGraph(Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit" and not isinstance(trainer.strategy, ExecutorSeams):
+        if stage == "fit" and not isinstance(trainer.strategy, (ExecutorSeams, TileStrategy)):
             raise MisconfigurationException(
                 f"CUDAGraph: the strategy must be one of lightning_lrtt's, got {type(trainer.strategy).__name__}; use "
                 "Trainer(strategy='lrtt') (LRTTStrategy(include=[]) leaves every layer digital)"
@@ -233,6 +234,11 @@ class CUDAGraph(Callback):
             self._steps.close()
             self._steps = None
         if self._recorder is None:
+            return
+        if not isinstance(trainer.strategy, ExecutorSeams):
+            self._events.because(
+                f"{type(trainer.strategy).__name__} reduces over workers inside a step; every step is eager"
+            )
             return
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, LRTT) and optimizer.tiles():

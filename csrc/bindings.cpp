@@ -203,6 +203,11 @@ py::dict build_info() {
 #else
   info["openmp"] = false;
 #endif
+#if defined(NDEBUG) && defined(__OPTIMIZE__)
+  info["debug"] = false;
+#else
+  info["debug"] = true;
+#endif
   info["cpu_instructions"] = cpu::instruction_set();
   info["compiler"] = LRTT_COMPILER;
   return info;

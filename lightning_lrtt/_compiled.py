@@ -21,9 +21,10 @@ def build_info() -> dict[str, Any]:
     """What was compiled into this installation.
 
     Returns:
-        ``with_cuda`` (bool), ``openmp`` (bool), ``cpu_instructions`` (``base``, ``v3`` or ``v4``: the widest loops this
-        processor runs), ``compiler``, and with CUDA kernels ``cuda_architectures``, ``cuda_runtime`` and
-        ``cuda_driver`` (versions as ``1000 * major + 10 * minor``; driver 0 means that there is none).
+        ``with_cuda`` (bool), ``openmp`` (bool), ``debug`` (bool: with assertions, or not optimised),
+        ``cpu_instructions`` (``base``, ``v3`` or ``v4``: the widest loops this processor runs), ``compiler``, and with
+        CUDA kernels ``cuda_architectures``, ``cuda_runtime`` and ``cuda_driver`` (versions as
+        ``1000 * major + 10 * minor``; driver 0 means that there is none).
 
     Example:
         >>> build_info()["cpu_instructions"] in ("base", "v3", "v4")

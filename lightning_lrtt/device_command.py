@@ -15,6 +15,11 @@ from lightning_lrtt.device_plots import characteristics, save_plot
 log = logging.getLogger(__name__)
 
 
+def names() -> list[str]:
+    """Presets, then models."""
+    return [*presets.DEVICES, *(name for name in devices.__all__ if name not in ("Device", "PulsedDevice"))]
+
+
 def find_device(name: str, numbers: Sequence[str] = ()) -> devices.Device:
     """A device by the name of a preset or of a class.
 
@@ -30,8 +35,7 @@ def find_device(name: str, numbers: Sequence[str] = ()) -> devices.Device:
         >>> find_device("SoftBounds", ["dw_min=0.01"]).dw_min
         0.01
     """
-    classes = [n for n in devices.__all__ if n not in ("Device", "PulsedDevice")]
-    _check.choice("lrtt device", "NAME", name, [*presets.DEVICES, *classes])
+    _check.choice("lrtt device", "NAME", name, names())
     device: Any = presets.DEVICES[name] if name in presets.DEVICES else getattr(devices, name)()
     known = [f.name for f in fields(device)]
     changes: dict[str, Any] = {}
@@ -57,6 +61,23 @@ def find_device(name: str, numbers: Sequence[str] = ()) -> devices.Device:
     return replace(device, **changes)  # type: ignore[no-any-return]  # devices are dataclasses
 
 
+HELP = "Say what a device does, and draw it."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``lrtt device``."""
+    parser.add_argument("name", metavar="NAME", help="preset or model")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="figure to write, *.png, *.pdf or *.svg; replaced if it is there"
+    )
+    parser.add_argument(
+        "--set", metavar="FIELD=VALUE", action="append", default=[], help="another number of the device"
+    )
+    parser.add_argument("--pulses", type=int, help="length of the trains (default: 1.5 times the number of states)")
+    parser.add_argument("--cells", type=int, default=200, help="how many cells to draw (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws and the noise (default: 0)")
+
+
 def main(args: Sequence[str]) -> None:
     """The subcommand ``lrtt device``.
 
@@ -74,16 +95,7 @@ def main(args: Sequence[str]) -> None:
         f"presets: {', '.join(presets.DEVICES)}\n"
         f"models: {', '.join(n for n in devices.__all__ if n not in ('Device', 'PulsedDevice'))}",
     )
-    parser.add_argument("name", metavar="NAME", help="preset or model")
-    parser.add_argument(
-        "--plot", metavar="FILE", help="figure to write, *.png, *.pdf or *.svg; replaced if it is there"
-    )
-    parser.add_argument(
-        "--set", metavar="FIELD=VALUE", action="append", default=[], help="another number of the device"
-    )
-    parser.add_argument("--pulses", type=int, help="length of the trains (default: 1.5 times the number of states)")
-    parser.add_argument("--cells", type=int, default=200, help="how many cells to draw (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws and the noise (default: 0)")
+    add_arguments(parser)
     given = parser.parse_args(args)
     try:
         device = find_device(given.name, given.set)

@@ -200,6 +200,22 @@ def _safetensors() -> Any:
     return safetensors.torch
 
 
+HELP = "Make a digital checkpoint of one with tiles."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``lrtt export``."""
+    parser.add_argument("checkpoint", help="Lightning checkpoint, or a state dict (.pt, .safetensors)")
+    parser.add_argument("--to", required=True, metavar="FILE", help="file to write, *.safetensors or *.pt")
+    parser.add_argument("--prefix", default="", help="keep only names that start with it, and take it off")
+    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
+    parser.add_argument(
+        "--unsafe",
+        action="store_true",
+        help="unpickle any object of the checkpoint, which can run code: only for files that you trust",
+    )
+
+
 def main(args: Sequence[str]) -> None:
     """The subcommand ``lrtt export``.
 
@@ -216,15 +232,7 @@ def main(args: Sequence[str]) -> None:
         "  lrtt export last.ckpt --to gpt2.safetensors --prefix model.   # the module's self.model alone\n\n"
         "in Python: lightning_lrtt.export.export_checkpoint, or convert_to_digital(module) for a live model",
     )
-    parser.add_argument("checkpoint", help="Lightning checkpoint, or a state dict (.pt, .safetensors)")
-    parser.add_argument("--to", required=True, metavar="FILE", help="file to write, *.safetensors or *.pt")
-    parser.add_argument("--prefix", default="", help="keep only names that start with it, and take it off")
-    parser.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
-    parser.add_argument(
-        "--unsafe",
-        action="store_true",
-        help="unpickle any object of the checkpoint, which can run code: only for files that you trust",
-    )
+    add_arguments(parser)
     given = parser.parse_args(args)
     try:
         state = export_checkpoint(

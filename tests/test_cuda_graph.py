@@ -14,13 +14,14 @@ from helpers import same_bits
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_helpers import DIGITAL, PULSED
+from lightning_helpers import DIGITAL, PULSED, loader
+from lightning_helpers import Net as Plain
 from lightning_lrtt.callbacks import CUDAGraph, TileMonitor
 from rerun_recorder import RehearsedGraph
 from torch.utils.data import DataLoader
 from torchmetrics import MeanAbsoluteError, MetricCollection
 
-from lightning_lrtt import LRTTStrategy, ResumableLoader
+from lightning_lrtt import LRTTDDPStrategy, LRTTStrategy, ResumableLoader
 from lightning_lrtt.graphs import GraphCaptureError
 
 both = pytest.mark.parametrize("config", [DIGITAL, PULSED], ids=["digital", "pulsed"])
@@ -220,6 +221,24 @@ def test_momentum_schedule_falls_to_the_tiles(tmp_path):
 def test_foreign_strategy_is_refused(tmp_path):
     with pytest.raises(MisconfigurationException, match="strategy='lrtt'"):
         pl.Trainer(callbacks=[CUDAGraph()], accelerator="cpu", barebones=True).fit(Net(), DataLoader(data(), 10))
+
+
+@pytest.mark.parametrize("scope", ["step", "optimizer"])
+def test_workers_stay_eager(tmp_path, scope):
+    """lrtt_ddp takes its steps by itself, also with one worker: nothing is recorded, and the reason is said."""
+    graph = RehearsedGraph(scope=scope)
+    strategy = LRTTDDPStrategy(config=PULSED, segments=12)
+    kwargs = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "max_epochs": 1}
+    pl.Trainer(callbacks=[graph], strategy=strategy, default_root_dir=tmp_path, **kwargs).fit(
+        Plain(), DataLoader(loader(18).dataset, 12)
+    )
+    assert (graph.captures, graph.active_scope) == (0, "none")
+    assert any("LRTTDDPStrategy reduces over workers" in reason for reason in graph.reasons)
+    graph = RehearsedGraph(scope="step", on_failure="raise")
+    with pytest.raises(MisconfigurationException, match="LRTTDDPStrategy reduces over workers"):
+        pl.Trainer(callbacks=[graph], strategy=LRTTDDPStrategy(config=PULSED, segments=12), **kwargs).fit(
+            Plain(), DataLoader(loader(18).dataset, 12)
+        )
 
 
 def test_manual_optimization_records_the_tiles(tmp_path):

@@ -21,6 +21,7 @@ class DigitsDataModule(pl.LightningDataModule):
         standardise: Subtract the training set's mean scan and divide by its standard deviation (one number); otherwise
             pixels are in [0, 1].
         split_seed: Seed of the split.
+        drop_last: Leave out the smaller last batch of an epoch: one shape for all steps.
     """
 
     def __init__(
@@ -30,10 +31,11 @@ class DigitsDataModule(pl.LightningDataModule):
         test_size: int = 360,
         standardise: bool = True,
         split_seed: int = 0,
+        drop_last: bool = True,
     ) -> None:
         super().__init__()
         self.batch_size, self.val_size, self.test_size = batch_size, val_size, test_size
-        self.standardise, self.split_seed = standardise, split_seed
+        self.standardise, self.split_seed, self.drop_last = standardise, split_seed, drop_last
 
     @override
     def setup(self, stage: str) -> None:
@@ -49,7 +51,7 @@ class DigitsDataModule(pl.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
+        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=self.drop_last)
 
     @override
     def val_dataloader(self) -> DataLoader:

@@ -29,6 +29,7 @@ class EmbeddingsDataModule(pl.LightningDataModule):
         angle: Largest angle of the rotor's n random turns, in radians, >= 0; 0 leaves the noise on axes of its own.
         batch_size: Windows in a batch.
         seed: Of the split, the noise and the rotation.
+        drop_last: Leave out the smaller last batch of an epoch.
     """
 
     def __init__(
@@ -39,12 +40,13 @@ class EmbeddingsDataModule(pl.LightningDataModule):
         angle: float = 0.3,
         batch_size: int = 32,
         seed: int = 0,
+        drop_last: bool = True,
     ) -> None:
         super().__init__()
         _check.number("EmbeddingsDataModule", "angle", angle, low=0.0)
         _check.integer("EmbeddingsDataModule", "noise", noise, low=0, high=n - 1)
         self.n, self.noise, self.noise_scale, self.angle = n, noise, noise_scale, angle
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
 
     @override
     def setup(self, stage: str) -> None:
@@ -65,7 +67,7 @@ class EmbeddingsDataModule(pl.LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=True)
+        return DataLoader(self.train, self.batch_size, shuffle=True, drop_last=self.drop_last)
 
     @override
     def val_dataloader(self) -> DataLoader:

@@ -72,14 +72,22 @@ class TopicsDataModule(pl.LightningDataModule):
         batch_size: Windows in a batch.
         length: Bytes in a window.
         seed: Of the order of training windows.
+        drop_last: Leave out the smaller last batch of an epoch: one shape for all steps.
     """
 
     def __init__(
-        self, checkpoint: str, pretrain_steps: int = 400, batch_size: int = 16, length: int = 128, seed: int = 0
+        self,
+        checkpoint: str,
+        pretrain_steps: int = 400,
+        batch_size: int = 16,
+        length: int = 128,
+        seed: int = 0,
+        drop_last: bool = False,
     ) -> None:
         super().__init__()
         self.pretrain_steps = pretrain_steps
         self.checkpoint, self.batch_size, self.length, self.seed = checkpoint, batch_size, length, seed
+        self.drop_last = drop_last
 
     @override
     def prepare_data(self) -> None:
@@ -95,7 +103,7 @@ class TopicsDataModule(pl.LightningDataModule):
 
     @override
     def train_dataloader(self) -> ResumableLoader:
-        return ResumableLoader(self.train, self.batch_size, seed=self.seed)
+        return ResumableLoader(self.train, self.batch_size, seed=self.seed, drop_last=self.drop_last)
 
     @override
     def val_dataloader(self) -> DataLoader:

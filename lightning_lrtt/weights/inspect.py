@@ -110,6 +110,21 @@ def _build(path: str, arguments: str) -> torch.nn.Module:
         raise ValueError(f"inspect: --module must be a class that --init-args builds, got {path!r}: {error}") from None
 
 
+HELP = "Show the tensors of a GGUF or safetensors file and where they would go."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``lrtt inspect``."""
+    parser.add_argument("checkpoint", help="*.gguf, *.safetensors, *.safetensors.index.json or a folder with these")
+    parser.add_argument(
+        "--module", metavar="CLASS", help="say what this module would get; it is built on the meta device"
+    )
+    parser.add_argument("--init-args", default="{}", metavar="JSON", help="keyword arguments of the module")
+    parser.add_argument(
+        "--verify-values", action="store_true", help="read all tensors and check that their scales are finite"
+    )
+
+
 def main(args: Sequence[str]) -> None:
     """The subcommand ``lrtt inspect``.
 
@@ -124,14 +139,7 @@ def main(args: Sequence[str]) -> None:
         epilog="examples:\n  lrtt inspect model.gguf\n"
         "  lrtt inspect model.gguf --module examples.gguf_finetune.model.ByteLlama --init-args '{\"layers\": 2}'",
     )
-    parser.add_argument("checkpoint", help="*.gguf, *.safetensors, *.safetensors.index.json or a folder with these")
-    parser.add_argument(
-        "--module", metavar="CLASS", help="say what this module would get; it is built on the meta device"
-    )
-    parser.add_argument("--init-args", default="{}", metavar="JSON", help="keyword arguments of the module")
-    parser.add_argument(
-        "--verify-values", action="store_true", help="read all tensors and check that their scales are finite"
-    )
+    add_arguments(parser)
     given = parser.parse_args(args)
     try:
         module = None if given.module is None else _build(given.module, given.init_args)
