@@ -19,8 +19,7 @@ def devices_of(tiles: Iterable[TileModule]) -> dict[str, Device]:
         for device in (tile.config.fast_device, tile.config.visible_device):
             if device is None or device in found.values():
                 continue
-            preset = next((name for name, known in presets.DEVICES.items() if known == device), None)
-            name = base = preset or type(device).__name__
+            name = base = presets.name_of(device) or type(device).__name__
             count = 1
             while name in found:
                 count += 1
