@@ -20,6 +20,8 @@ from lightning_lrtt.config import LRTTConfig
 from lightning_lrtt.devices import Device
 
 _EVALUATION = ("val", "valid", "validation", "test")
+_FIRST = {f"lrtt/{name}" for name in ("rank", "transfer_every", "fast_device", "lr", "transfer_mode")}
+_RANKED = "differs" in api_pb2.HParamInfo.DESCRIPTOR.fields_by_name  # newer versions of TensorBoard
 
 
 class HParams:
@@ -58,7 +60,8 @@ class HParams:
                 ) -> None:
                     params = _convert_params(params)
                     to.hparams.update(params)  # what `save` writes to hparams.yaml
-                    self._values = _sanitize_params(_flatten_dict(params)) | self._values
+                    flat = _sanitize_params(_flatten_dict(params))
+                    self._values = {k: v for k, v in flat.items() if not k.startswith("_")} | self._values
 
                 vars(logger)["log_hyperparams"] = remember
                 self._held.append(logger)
@@ -110,7 +113,8 @@ class HParams:
         start = SessionStartInfo(start_time_secs=time.time())
         infos = []
         for name, value in self._values.items():
-            info = api_pb2.HParamInfo(name=name)
+            # The table begins with columns that are said to differ between runs, and shows few more.
+            info = api_pb2.HParamInfo(name=name, **({"differs": True} if _RANKED and name in _FIRST else {}))
             if isinstance(value, bool):
                 start.hparams[name].bool_value, info.type = value, api_pb2.DATA_TYPE_BOOL
             elif isinstance(value, (int, float)):

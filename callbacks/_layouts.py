@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning_lrtt.callbacks._log_row import writers
+
+from lightning_lrtt.config import LRTTConfig
+from lightning_lrtt.devices import Device
+from lightning_lrtt.nn import TileModule
 
 Layout = dict[str, dict[str, list[Any]]]  # category -> chart -> [kind, tags]
 
@@ -16,47 +20,59 @@ _SINGLE = {
     "norms": ("norm_A", "norm_B", "norm_AB"),
     "C and A·B": ("norm_C", "norm_AB"),
     "rank in use": ("effective_rank_AB",),
-    "cells at bounds": ("at_bounds_A", "at_bounds_B", "at_bounds_C"),
     "stability": ("stability",),
 }
 
 
-def tile_layout(names: Iterable[str]) -> Layout:
-    """Charts over all tiles, then a category for each tile."""
+def tile_layout(tiles: Mapping[str, TileModule], more: Collection[str] = ()) -> Layout:
+    """Charts over all tiles, then a category for each tile; none that would stay empty.
 
-    def over_all(*tags: str) -> list[Any]:
-        return ["Multiline", list(tags)]
-
-    overall = {
-        "loss": over_all("^(train|val)/.*loss"),
-        "stability: above 2 / curvature a step diverges": over_all("^tile/.*/stability$"),
-        "share of a transfer that was lost": over_all("^transfer/.*/clip_fraction$"),
-        "cells of C at a bound": over_all("^tile/.*/at_bounds_C$"),
-        "cells of A and B at a bound": over_all("^tile/.*/at_bounds_[AB]$"),
-        "effective rank of A·B": over_all("^tile/.*/effective_rank_AB$"),
-        "cosine of A·B and the gradient": over_all("^tile/.*/cosine_gradient$"),
-        "size of a transfer, per cell": over_all("^transfer/.*/size$"),
-        "pulses per cell so far": over_all("^pulse/.*/per_cell_[ABC]$"),
-        "energy, J": over_all("^cost/(.*/)?energy_J$"),
-        "wear, share of the endurance": over_all("^cost/.*/wear_[ABC]$"),
-        "samples a second": over_all("^perf/samples_per_s$"),
-        "step, ms": over_all("^perf/step_ms$"),
+    Args:
+        tiles: By name.
+        more: What else is logged: ``gradient``, ``energy``, ``wear``.
+    """
+    configs = [tile.config for tile in tiles.values()]
+    charts = {
+        "loss": ("^(train|val)/.*loss", True),
+        "stability: above 2 / curvature a step diverges": ("^tile/.*/stability$", True),
+        "share of a transfer that was lost": ("^transfer/.*/clip_fraction$", _any(c.visible_device for c in configs)),
+        "cells of C at a bound": ("^tile/.*/at_bounds_C$", _any(c.visible_device for c in configs)),
+        "cells of A and B at a bound": ("^tile/.*/at_bounds_[AB]$", _any(c.fast_device for c in configs)),
+        "effective rank of A·B": ("^tile/.*/effective_rank_AB$", True),
+        "cosine of A·B and the gradient": ("^tile/.*/cosine_gradient$", "gradient" in more),
+        "size of a transfer, per cell": ("^transfer/.*/size$", any(c.mode.startswith("pulsed") for c in configs)),
+        "pulses per cell so far": ("^pulse/.*/per_cell_[ABC]$", any(_on_devices(c) for c in configs)),
+        "energy, pJ": ("^cost/(.*/)?energy_pJ$", "energy" in more),
+        "wear, share of the endurance": ("^cost/.*/wear_[ABC]$", "wear" in more),
+        "samples a second": ("^perf/samples_per_s$", True),
+        "step, ms": ("^perf/step_ms$", True),
     }
-    layout: Layout = {"tiles: overall": overall}
-    for name in list(names)[:_MOST_TILES]:
-        at = re.escape(name)
-        charts: dict[str, list[Any]] = {
-            title: ["Multiline", [f"^tile/{at}/{tag}$" for tag in tags]] for title, tags in _SINGLE.items()
-        }
+    layout: Layout = {
+        "tiles: overall": {title: ["Multiline", [tag]] for title, (tag, logged) in charts.items() if logged}
+    }
+    for name, tile in list(tiles.items())[:_MOST_TILES]:
+        at, config = re.escape(name), tile.config
+        on = ("A", "B") if config.fast_device is not None else ()
+        on += ("C",) if config.visible_device is not None else ()
+        own: dict[str, list[Any]] = {title: [f"^tile/{at}/{tag}$" for tag in tags] for title, tags in _SINGLE.items()}
+        if on:
+            own["cells at bounds"] = [f"^tile/{at}/at_bounds_[{''.join(on)}]$"]
+            own["pulses since the last log"] = [f"^pulse/{at}/[{''.join(on)}]$"]
+        if config.visible_device is not None:
+            own["transfer: lost share"] = [f"^transfer/{at}/clip_fraction$"]
         # A band takes exact tags: value, lower, upper.
-        charts["C: mean between its extremes"] = [
-            "Margin",
-            [f"tile/{name}/mean_C", f"tile/{name}/min_C", f"tile/{name}/max_C"],
-        ]
-        charts["pulses since the last log"] = ["Multiline", [f"^pulse/{at}/[ABC]$"]]
-        charts["transfer: lost share"] = ["Multiline", [f"^transfer/{at}/clip_fraction$"]]
-        layout[f"tile {name}"] = charts
+        band = ["Margin", [f"tile/{name}/mean_C", f"tile/{name}/min_C", f"tile/{name}/max_C"]]
+        layout[f"tile {name}"] = {title: ["Multiline", tags] for title, tags in own.items()}
+        layout[f"tile {name}"]["C: mean between its extremes"] = band
     return layout
+
+
+def _any(devices: Iterable[Device | None]) -> bool:
+    return any(device is not None for device in devices)
+
+
+def _on_devices(config: LRTTConfig) -> bool:
+    return config.is_pulsed or config.mode.startswith("pulsed")
 
 
 def write_layouts(trainer: pl.Trainer, owner: Any) -> None:

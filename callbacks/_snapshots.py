@@ -15,7 +15,7 @@ from lightning_lrtt.nn import TileModule
 
 
 class Snapshots:
-    """Histograms and images of the last step of every n-th epoch, and of the end of a run that did not end with one.
+    """Histograms and images of the last step of every n-th epoch, and of the last step of a run.
 
     Args:
         histograms: Epochs between histograms; 0: never.
@@ -35,9 +35,9 @@ class Snapshots:
         """Whether the step in progress is taken."""
         return bool(self._kinds)
 
-    def arm(self, epoch: int) -> None:
-        """The last step of ``epoch`` (from 0) begins."""
-        self._kinds = {kind for kind, every in self._every.items() if every and (epoch + 1) % every == 0}
+    def arm(self, epoch: int, last: bool) -> None:
+        """The last step of ``epoch`` (from 0) begins, ``last``: of the run."""
+        self._kinds = {kind for kind, every in self._every.items() if every and (last or (epoch + 1) % every == 0)}
 
     def disarm(self) -> None:
         """Forget the step in progress."""
@@ -57,7 +57,7 @@ class Snapshots:
         self._take({name: tile for name, tile in tiles.items() if name not in self._seen})
 
     def finish(self, step: int, tiles: Mapping[str, TileModule]) -> bool:
-        """At the end of training: take what the last step ``step`` has not been taken of; whether there is any."""
+        """At the end of training that nobody foresaw: take what step ``step`` was not taken of; whether there is any."""
         self._kinds = {kind for kind, every in self._every.items() if every and self._last.get(kind) != step}
         self._take(tiles)
         return self.armed

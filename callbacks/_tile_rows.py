@@ -52,6 +52,12 @@ class TileRows:
             rows = torch.stack([tile.tile_counts for tile in fresh.values()]).tolist()
             self._counts.update(zip(fresh, rows, strict=True))
 
+    def known(self) -> set[str]:
+        """What is estimated of all tiles or some: ``energy``, ``wear``."""
+        found = [costs for facts in self._facts.values() for costs in facts.costs.values()]
+        energy = {"energy"} if any(c.energy_per_pulse is not None for c in found) else set()
+        return energy | ({"wear"} if any(c.endurance is not None for c in found) else set())
+
     def gain(self, tile: TileModule) -> float:
         """`_tile_statistics.effective_gain`, computed once."""
         if id(tile) not in self._gains:
@@ -81,21 +87,21 @@ class TileRows:
             energy = self._estimate(name, facts, counts, metrics)
             total = None if total is None or energy is None else total + energy
         if total is not None and any(facts.costs for facts in self._facts.values()):
-            metrics["cost/energy_J"] = total
+            metrics["cost/energy_pJ"] = total
         return metrics
 
     @staticmethod
     def _estimate(name: str, facts: _Facts, counts: dict[str, int], metrics: dict[str, float]) -> float | None:
-        """Energy of a tile's pulses so far in J, None if a figure is missing; wear of its arrays."""
+        """Energy of a tile's pulses so far in pJ, None if a figure is missing; wear of its arrays."""
         energy: float | None = 0.0
         for array, costs in facts.costs.items():
             pulses = counts[f"pulses_{array.lower()}"]
             each = costs.energy_per_pulse
-            energy = None if energy is None or each is None else energy + pulses * each
+            energy = None if energy is None or each is None else energy + pulses * each * 1e12
             if costs.endurance is not None:
                 metrics[f"cost/{name}/wear_{array}"] = pulses / facts.cells[array] / costs.endurance
         if facts.costs and energy is not None:
-            metrics[f"cost/{name}/energy_J"] = energy
+            metrics[f"cost/{name}/energy_pJ"] = energy
         return energy
 
     def _facts_of(self, tile: TileModule) -> _Facts:

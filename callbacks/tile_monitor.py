@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,15 +13,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_lrtt.callbacks import _tile_pictures as pictures
 from lightning_lrtt.callbacks import _tile_statistics as statistics
-from lightning_lrtt.callbacks._device_figures import log_devices
+from lightning_lrtt.callbacks._device_figures import log_devices, require_figures
 from lightning_lrtt.callbacks._hparams import HParams, hyperparameters
 from lightning_lrtt.callbacks._layouts import Layout, tile_layout, write_layouts
 from lightning_lrtt.callbacks._log_row import after, log_row, now, writers
 from lightning_lrtt.callbacks._metric_ring import MetricRing
 from lightning_lrtt.callbacks._snapshots import Snapshots
+from lightning_lrtt.callbacks._stability import Stability
 from lightning_lrtt.callbacks._step_clock import StepClock
 from lightning_lrtt.callbacks._tile_gradient import GradientWatch
 from lightning_lrtt.callbacks._tile_rows import TileRows
@@ -50,9 +48,9 @@ class TileMonitor(Callback):
     ``pulse/<name>/A|B|C`` (pulses since the last log), ``pulse/<name>/per_cell_A|B|C`` (mean so far),
     ``transfer/<name>/count`` (so far), ``transfer/<name>/clip_fraction`` (share of ``|tau A B|`` that was lost in
     transfers since the last log), ``transfer/<name>/size`` (mean ``|tau A B|`` a cell and transfer, pulsed transfers
-    since the last log), ``cost/<name>/energy_J`` and ``cost/<name>/wear_A|B|C`` where the device's figures are known
+    since the last log), ``cost/<name>/energy_pJ`` and ``cost/<name>/wear_A|B|C`` where the device's figures are known
     (`lightning_lrtt.costs`). Of the run: ``perf/step_ms`` and ``perf/samples_per_s`` (means since the last log, without
-    validation), ``cost/energy_J``.
+    validation), ``cost/energy_pJ``.
 
     Norms and bounds are those after the step's update and before its transfer: afterwards A is 0, and where
     ``transfer_every`` divides the logging interval nothing else would ever be seen.
@@ -132,7 +130,7 @@ class TileMonitor(Callback):
         self._hparams = HParams(hparams_metrics)
         self._ring: MetricRing | None = None
         self._trainer: pl.Trainer | None = None
-        self._warned: set[str] = set()
+        self._stability = Stability(curvature)
         self._values: dict[str, Tensor] = {}  # of a watched step in progress
         self._armed = False
         self._hooks: list[Any] = []
@@ -164,7 +162,7 @@ class TileMonitor(Callback):
 
     def custom_scalars(self) -> Layout:
         """Charts for the custom-scalars tab."""
-        return tile_layout(self._tiles)
+        return tile_layout(self._tiles, self._rows.known() | ({"gradient"} if self.gradient_every_n_steps else set()))
 
     # -------------------------------------------------------------- begin and end
 
@@ -176,7 +174,7 @@ class TileMonitor(Callback):
             return
         refuse_foreign(trainer, pl_module)
         if self.device_plots:
-            _require_figures(trainer)
+            require_figures(trainer)
         if self.gradient_every_n_steps is not None and isinstance(pl_module, FreeNudgedModule):
             raise MisconfigurationException(
                 f"TileMonitor: gradient_every_n_steps must be None with a FreeNudgedModule, got "
@@ -288,8 +286,10 @@ class TileMonitor(Callback):
         self._armed = bool(every) and (done + 1) % every == 0
         if gradient is not None and (done + 1) % gradient == 0:
             self._gradient.arm(self._tiles)
-        if trainer.is_last_batch and writers(trainer):
-            self._snapshots.arm(trainer.current_epoch)
+        last = trainer.global_step + 1 == trainer.max_steps
+        if (trainer.is_last_batch or last) and writers(trainer):
+            last |= trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+            self._snapshots.arm(trainer.current_epoch, last)
         if not self._armed or self._hooks:
             return
         for optimizer in trainer.optimizers:
@@ -362,23 +362,8 @@ class TileMonitor(Callback):
         if kind == "row":
             metrics |= self._rows.counted(values[len(what) :]) | more
             for name in self._tiles:
-                self._judge(name, metrics)
+                self._stability.judge(name, metrics)
         log_row(trainer, metrics, step)
-
-    def _judge(self, name: str, metrics: dict[str, float]) -> None:
-        tag = f"tile/{name}/stability"
-        estimate = metrics.get(tag, 0.0)
-        if not math.isfinite(estimate):
-            del metrics[tag]  # a non-finite input; `nonfinite` tells it
-        elif self.curvature * estimate > 2.0 and name not in self._warned:
-            self._warned.add(name)
-            bend = "unit curvature" if self.curvature == 1 else f"curvature {self.curvature:g}"
-            rank_zero_warn(
-                f"TileMonitor: lr (lambda_max + tr H / r) of tile {name!r} is {estimate:.3g}. As an estimate for a "
-                f"loss with {bend} in the tile's output, training diverges above {2 / self.curvature:g}. If the loss "
-                "grows, lower lr or tile_lr_scale, or raise the rank; if it does not, give TileMonitor(curvature=...) "
-                "what your loss has (softmax cross-entropy: at most 0.5)."
-            )
 
     # -------------------------------------------------------------- evaluation
 
@@ -408,13 +393,3 @@ class TileMonitor(Callback):
         assert self._trainer is not None
         for writer in writers(self._trainer):
             writer.add_text(f"transfer/{name}/trace", line, now(self._trainer))  # type: ignore[no-untyped-call]
-
-
-def _require_figures(trainer: pl.Trainer) -> None:
-    missing = None
-    if not any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
-        missing = "a TensorBoardLogger, which the Trainer has not; add one: Trainer(logger=TensorBoardLogger(...))"
-    elif find_spec("matplotlib") is None:
-        missing = "matplotlib, which is not installed; pip install 'lightning-lrtt[plot]'"
-    if missing:
-        raise MisconfigurationException(f"TileMonitor: device_plots=True needs {missing}, or leave it at False")
