@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from lightning_lrtt.callbacks import _tile_pictures as pictures
+from lightning_lrtt.callbacks._cell_bounds import CellBounds
 from lightning_lrtt.callbacks._metric_ring import MetricRing
 from lightning_lrtt.callbacks._pulse_counts import factor_pulses, transfer_pulses
 from torch import Tensor
@@ -23,6 +24,7 @@ class Snapshots:
     """
 
     def __init__(self, histograms: int, images: int) -> None:
+        self.bounds = CellBounds()
         self._every = {"histograms": histograms, "images": images}
         self._kinds: set[str] = set()  # of the step in progress
         self._last: dict[str, int] = {}  # step of the last ones
@@ -34,6 +36,11 @@ class Snapshots:
     def armed(self) -> bool:
         """Whether the step in progress is taken."""
         return bool(self._kinds)
+
+    def begin(self) -> None:
+        """A run begins: nothing was taken, and a checkpoint may have brought other cells."""
+        self._last.clear()
+        self.bounds = CellBounds()
 
     def arm(self, epoch: int, last: bool) -> None:
         """The last step of ``epoch`` (from 0) begins, ``last``: of the run."""
@@ -70,14 +77,16 @@ class Snapshots:
 
     def _take(self, tiles: Mapping[str, TileModule]) -> None:
         self._seen |= set(tiles)
-        for kind, take in (("histograms", pictures.histograms), ("images", pictures.images)):
-            if kind in self._kinds:
-                found, pieces = take(tiles)
-                self._pictures += found
-                self._pieces += pieces
+        if "images" in self._kinds:
+            self._add(*pictures.images(tiles, self.bounds))
         if "histograms" in self._kinds:
+            self._add(*pictures.histograms(tiles))
             for name, tile in tiles.items():
                 self._count(name, transfer_pulses(tile))
+
+    def _add(self, found: list[pictures.Picture], pieces: list[Tensor]) -> None:
+        self._pictures += found
+        self._pieces += pieces
 
     def _count(self, name: str, pulses: Mapping[str, Tensor]) -> None:
         for array, counts in pulses.items():

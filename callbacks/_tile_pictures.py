@@ -8,17 +8,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning_lrtt.callbacks._cell_bounds import CellBounds
 from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_lrtt.nn import TileModule
 from lightning_lrtt.ops import A, B, C
-from lightning_lrtt.ops.schema import MINUS
 
 BINS = 64
 SIDE = 128  # most pixels of a side
 _MOST_BINNED = 2**20  # larger arrays: every n-th cell
-_MOST_DRAWN = 2**22  # cells whose bounds are drawn anew for a picture of those at a bound
 
 
 @dataclass(frozen=True)
@@ -68,27 +67,6 @@ def product(tile: TileModule) -> Tensor:
     return a @ b
 
 
-@torch.no_grad()
-def bound_mask(tile: TileModule, array: int) -> Tensor | None:
-    """Which cells of an array stand at a bound, ``[rows, columns]`` bool; None for digital arrays and very large ones.
-
-    The bounds of each cell are drawn again, so the picture is of the cells that `clip_` counts.
-    """
-    device = tile.config.visible_device if array == C else tile.config.fast_device
-    w = (*tile.factors(), tile.matrix)[array]
-    if device is None or w.numel() > _MOST_DRAWN:
-        return None
-
-    def drawn(number: int) -> Tensor:
-        return torch.ops.lrtt.draw_cells(tile.tile_state, tile.hyper, number, *w.shape)  # type: ignore[no-any-return]
-
-    cells, bounds = tile.cells(array), drawn(array)
-    if device.planes == 2:
-        return (cells[0][0] >= bounds[0]) | (cells[0][1] >= drawn(array + MINUS)[0])
-    held = cells[0][0] if cells else w
-    return (held >= bounds[0]) | (held <= bounds[1])
-
-
 def histograms(tiles: Mapping[str, TileModule]) -> tuple[list[Picture], list[Tensor]]:
     """A, B and C of every tile."""
     pictures, pieces = [], []
@@ -99,13 +77,13 @@ def histograms(tiles: Mapping[str, TileModule]) -> tuple[list[Picture], list[Ten
     return pictures, pieces
 
 
-def images(tiles: Mapping[str, TileModule]) -> tuple[list[Picture], list[Tensor]]:
+def images(tiles: Mapping[str, TileModule], bounds: CellBounds) -> tuple[list[Picture], list[Tensor]]:
     """C, A B and, on devices, the cells at a bound of every tile."""
     pictures, pieces = [], []
     for name, tile in tiles.items():
         found = {"C": shrink(tile.matrix), "AB": product(tile)}
         for array, letter in ((A, "A"), (B, "B"), (C, "C")):
-            mask = bound_mask(tile, array)
+            mask = bounds.mask(tile, array)
             if mask is not None:
                 found[f"at_bounds_{letter}"] = shrink(mask)
         for what, matrix in found.items():

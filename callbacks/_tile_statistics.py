@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from lightning_lrtt.callbacks._cell_bounds import CellBounds
 from torch import Tensor
 
 from lightning_lrtt.nn import TileModule
-from lightning_lrtt.ops import A, B, C
 
 _POWERS = 4  # squarings of a small Gram matrix: its 16th power
 _ROUNDS = 8  # of the power iteration; the estimate of a largest eigenvalue is good to some percent by then
@@ -16,7 +16,7 @@ _SMALL = 256  # largest Gram matrix that is squared
 
 
 @torch.no_grad()
-def measure(tiles: Mapping[str, TileModule]) -> dict[str, Tensor]:
+def measure(tiles: Mapping[str, TileModule], bounds: CellBounds) -> dict[str, Tensor]:
     """Norms, effective rank, range of C and shares at bounds of tiles on one device, by tag."""
     names, modules = list(tiles), list(tiles.values())
     arrays = [m for tile in modules for m in (*tile.factors(), tile.matrix)]
@@ -32,7 +32,7 @@ def measure(tiles: Mapping[str, TileModule]) -> dict[str, Tensor]:
         low, high = torch.aminmax(tile.matrix)
         out |= {f"{at}/norm_AB": ab[i], f"{at}/effective_rank_AB": rank[i]}
         out |= {f"{at}/min_C": low, f"{at}/mean_C": tile.matrix.mean(), f"{at}/max_C": high}
-        out |= {f"{at}/at_bounds_{array}": share for array, share in at_bounds(tile).items()}
+        out |= {f"{at}/at_bounds_{array}": share for array, share in bounds.shares(tile).items()}
     return out
 
 
@@ -65,19 +65,6 @@ def effective_rank(tile: TileModule) -> Tensor:
     """
     trace, square = _product(tile).unbind()
     return torch.where(square > 0, trace.square() / square, 0.0)
-
-
-@torch.no_grad()
-def at_bounds(tile: TileModule) -> dict[str, Tensor]:
-    """Share of cells that stand at a bound of their device, for the arrays that have one."""
-    fast, visible = tile.config.fast_device, tile.config.visible_device
-    a, b = tile.factors()
-    out = {}
-    for name, number, w, device in (("A", A, a, fast), ("B", B, b, fast), ("C", C, tile.matrix, visible)):
-        if device is not None:
-            count = torch.ops.lrtt.clip_(w, tile.tile_state, tile.hyper, number, False, tile.cells(number))
-            out[name] = count.double() / w.numel()
-    return out
 
 
 def effective_gain(tile: TileModule) -> float:

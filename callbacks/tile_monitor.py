@@ -199,6 +199,7 @@ class TileMonitor(Callback):
             return
         self._trainer = trainer
         self._rows.begin(self._tiles)
+        self._snapshots.begin()
         device = next(iter(self._tiles.values())).A.device
         self._ring = MetricRing(device, self._arrived)
         self._clock.begin(trainer)
@@ -322,7 +323,7 @@ class TileMonitor(Callback):
 
     def _look(self, tiles: dict[str, TileModule]) -> None:
         if self._armed:
-            self._values |= statistics.measure(tiles)
+            self._values |= statistics.measure(tiles, self._snapshots.bounds)
         if self._gradient.armed:
             self._values |= self._gradient.cosines(tiles)
 

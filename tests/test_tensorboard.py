@@ -14,7 +14,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_helpers import DIGITAL, PULSED, Net, loader, trainer
-from lightning_lrtt.callbacks import TileMonitor, _pulse_counts, _tile_pictures
+from lightning_lrtt.callbacks import TileMonitor, _cell_bounds, _pulse_counts, _tile_pictures
+from lightning_lrtt.callbacks._cell_bounds import CellBounds
 from lightning_lrtt.callbacks._tile_gradient import GradientWatch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -272,7 +273,7 @@ def test_pictures_of_large_arrays_are_means_of_blocks() -> None:
 
 
 @pytest.mark.parametrize("device", ["soft", "write noise", "pair"])
-def test_cells_at_bounds_are_those_that_are_counted(device: str) -> None:
+def test_cells_at_bounds_are_those_that_are_counted(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = {
         "soft": devices.SoftBounds(dw_min=0.01, w_max_dtod=0.3, w_min_dtod=0.3),
         "write noise": devices.SoftBounds(dw_min=0.01, w_max_dtod=0.3, write_noise_std=2.0),
@@ -281,11 +282,15 @@ def test_cells_at_bounds_are_those_that_are_counted(device: str) -> None:
     torch.manual_seed(0)
     tile = LRTTLinear(20, 15, config=LRTTConfig(rank=2, reinit_gain=1.0, visible_device=kinds[device]))
     tile.write_visible(torch.randn(15, 20))
-    mask = _tile_pictures.bound_mask(tile, 2)
+    bounds = CellBounds()
+    mask = bounds.mask(tile, 2)
     count = torch.ops.lrtt.clip_(tile.matrix, tile.tile_state, tile.hyper, 2, False, tile.cells(2))
     assert mask is not None
     assert 0 < int(mask.sum()) == int(count) < mask.numel()
-    assert _tile_pictures.bound_mask(tile, 0) is None  # A is digital
+    assert float(bounds.shares(tile)["C"]) * mask.numel() == pytest.approx(int(count))
+    assert bounds.mask(tile, 0) is None  # A is digital
+    monkeypatch.setattr(_cell_bounds, "_KEPT", 10)
+    assert float(CellBounds().shares(tile)["C"]) * mask.numel() == pytest.approx(int(count))
 
 
 @pytest.mark.parametrize("kind", ["stochastic_compressed", "mean_count", "deterministic_implicit"])

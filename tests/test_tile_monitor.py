@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_helpers import DIGITAL, PULSED, Net, loader, trainer
 from lightning_lrtt.callbacks import TileMonitor, _tile_statistics
+from lightning_lrtt.callbacks._cell_bounds import CellBounds
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -129,14 +130,14 @@ def test_norms_and_bounds_of_a_known_tile() -> None:
     tile.B.data.uniform_(-0.4, 0.4)
     a, b = tile.factors()
     found = _tile_statistics.norms(tile)
-    together = _tile_statistics.measure({"one": tile})
+    together = _tile_statistics.measure({"one": tile}, CellBounds())
     for name, matrix in {"A": a, "B": b, "C": tile.matrix, "AB": a @ b}.items():
         # float32 products against float64 ones
         torch.testing.assert_close(found[name], torch.linalg.matrix_norm(matrix.double()), rtol=1e-6, atol=0)
         torch.testing.assert_close(together[f"tile/one/norm_{name}"], found[name], rtol=1e-14, atol=0)
     tile.B.data[0, :3] = 0.5
     tile.A.data.clamp_(-0.4, 0.4)
-    bounds = _tile_statistics.at_bounds(tile)
+    bounds = CellBounds().shares(tile)
     assert set(bounds) == {"A", "B"}  # C is digital
     assert float(bounds["A"]) == 0.0
     assert float(bounds["B"]) == pytest.approx(3 / 14)
@@ -156,7 +157,7 @@ def test_effective_rank_is_that_of_the_singular_values(rank: int) -> None:
     expected = squares.sum().square() / squares.square().sum()
     # Both are sums of some hundred rounded products in float64.
     torch.testing.assert_close(_tile_statistics.effective_rank(tile), expected, rtol=1e-12, atol=0)
-    measured = _tile_statistics.measure({"one": tile})["tile/one/effective_rank_AB"]
+    measured = _tile_statistics.measure({"one": tile}, CellBounds())["tile/one/effective_rank_AB"]
     torch.testing.assert_close(measured, expected, rtol=1e-12, atol=0)
     tile.A.data.copy_(torch.eye(20, rank))
     tile.B.data.copy_(torch.eye(rank, 30))
@@ -252,9 +253,10 @@ def test_one_transfer_per_logging_step_and_none_between(
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
     run.fit(Net(), loader())
     # At a logging step: the monitor's vector (copied, then listed on the host) and the strategy's look for non-finite
-    # operands, which the first batch of a later epoch has too. At the epoch's last step one more vector: histograms.
+    # operands, which the first batch of a later epoch has too. At the last step of the epoch and of
+    # the run one more vector: histograms and images.
     expected = [(0, 1, 2) if (step + 1) % 5 == 0 else (0, 0, int(step == 20)) for step in range(24)]
-    expected[19] = (0, 2, 3)
+    expected[19], expected[23] = (0, 2, 3), (0, 1, 1)
     assert opening.reads == expected
 
 
