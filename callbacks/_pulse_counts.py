@@ -55,9 +55,9 @@ def factor_pulses(optimizer: LRTT, tile: TileModule, group: int) -> dict[str, Te
     torch.ops.lrtt.pulse_scale_(list(eta), [tile.A.grad, tile.B.grad], first, [lr, lr], [scale, scale])
     found = {"A": torch.zeros_like(tile.A), "B": torch.zeros_like(tile.B)}
     for counter in _counters(config.fast_device):
-        hyper = dataclasses.replace(config, fast_device=counter, visible_device=None, transfer_mode="auto").pack(
-            tile.tile_shape[1]
-        )
+        hyper = dataclasses.replace(
+            config, fast_device=counter, visible_device=None, transfer_mode="auto", reinit_gain=1.0
+        ).pack(tile.tile_shape[1])
         for array, name in ((A, "A"), (B, "B")):
             w = torch.zeros_like(found[name])
             for _, x, d, rate, state, counts, _, number, start, _ in _factor_jobs(tile, array, eta[array]):
@@ -77,7 +77,7 @@ def transfer_pulses(tile: TileModule) -> dict[str, Tensor]:
     total = torch.zeros_like(tile.matrix)
     for counter in _counters(config.visible_device):
         counting: LRTTConfig = dataclasses.replace(
-            config, fast_device=None, visible_device=counter, pulse=PulseConfig()
+            config, fast_device=None, visible_device=counter, pulse=PulseConfig(), reinit_gain=1.0
         )
         a, b = (factor.clone() for factor in tile.factors())
         c = torch.zeros_like(total)

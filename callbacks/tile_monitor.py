@@ -282,15 +282,14 @@ class TileMonitor(Callback):
         done = now(trainer)
         every, gradient = self.every_n_steps or trainer.log_every_n_steps, self.gradient_every_n_steps  # type: ignore[attr-defined]
         self._clock.count(batch)
-        if trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0:
+        if self.wants_eager_step() and trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0:
             self._disarm()  # a step that was broken off
         self._armed = bool(every) and (done + 1) % every == 0
         if gradient is not None and (done + 1) % gradient == 0:
             self._gradient.arm(self._tiles)
-        last = trainer.global_step + 1 == trainer.max_steps
-        if (trainer.is_last_batch or last) and writers(trainer):
-            last |= trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
-            self._snapshots.arm(trainer.current_epoch, last)
+        ends = trainer.max_steps > 0 and trainer.global_step + 1 == trainer.max_steps
+        if (ends or trainer.is_last_batch) and writers(trainer):
+            self._snapshots.arm(trainer.current_epoch, ends or trainer.current_epoch + 1 == trainer.max_epochs)
         if not self._armed or self._hooks:
             return
         for optimizer in trainer.optimizers:
@@ -311,6 +310,8 @@ class TileMonitor(Callback):
     def _observe(self, optimizer: LRTT, previous: Observer | None, event: str, tiles: list[TileModule]) -> None:
         if previous is not None:
             previous(event, tiles)
+        if not self.wants_eager_step():
+            return
         own = {self._names[id(tile)]: tile for tile in tiles if id(tile) in self._names}
         if not own:
             return
