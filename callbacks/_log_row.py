@@ -35,7 +35,7 @@ def add_summary(writer: SummaryWriter, summary: Summary, step: int | None = None
 
 
 def log_row(trainer: pl.Trainer, metrics: Mapping[str, float], step: int) -> None:
-    """Log ``metrics``; in TensorBoard as one event, which costs a tenth of one event each."""
+    """Log ``metrics``; in TensorBoard as one event, which costs the host much less than one event each."""
     if not metrics:
         return
     summary = None
