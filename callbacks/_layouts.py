@@ -52,7 +52,7 @@ def tile_layout(tiles: Mapping[str, TileModule], more: Collection[str] = ()) -> 
     }
     for name, tile in list(tiles.items())[:_MOST_TILES]:
         at, config = re.escape(name), tile.config
-        on = ("A", "B") if config.fast_device is not None else ()
+        on: tuple[str, ...] = ("A", "B") if config.fast_device is not None else ()
         on += ("C",) if config.visible_device is not None else ()
         own: dict[str, list[Any]] = {title: [f"^tile/{at}/{tag}$" for tag in tags] for title, tags in _SINGLE.items()}
         if on:
@@ -87,4 +87,4 @@ def write_layouts(trainer: pl.Trainer, owner: Any) -> None:
     for callback in owners:
         layout |= callback.custom_scalars()
     for writer in writers(trainer) if layout else []:
-        writer.add_custom_scalars(layout)  # type: ignore[no-untyped-call]
+        writer.add_custom_scalars(layout)

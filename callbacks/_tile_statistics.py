@@ -25,7 +25,7 @@ def measure(tiles: Mapping[str, TileModule], bounds: CellBounds) -> dict[str, Te
     trace, square = products[:, 0], products[:, 1]
     ab = trace.clamp(min=0.0).sqrt().unbind()
     rank = torch.where(square > 0, trace.square() / square, 0.0).unbind()
-    out = {}
+    out: dict[str, Tensor] = {}
     for i, (name, tile) in enumerate(zip(names, modules, strict=True)):
         at = f"tile/{name}"
         out |= {f"{at}/norm_{array}": norms[3 * i + j] for j, array in enumerate("ABC")}

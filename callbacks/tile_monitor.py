@@ -212,7 +212,7 @@ class TileMonitor(Callback):
         write_layouts(trainer, self)
         for writer in writers(trainer):
             for tag, text in tables(self._tiles, self.costs).items():
-                writer.add_text(tag, text, now(trainer))  # type: ignore[no-untyped-call]
+                writer.add_text(tag, text, now(trainer))
         if self.device_plots and trainer.is_global_zero:
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
@@ -394,4 +394,4 @@ class TileMonitor(Callback):
         log.info(line)
         assert self._trainer is not None
         for writer in writers(self._trainer):
-            writer.add_text(f"transfer/{name}/trace", line, now(self._trainer))  # type: ignore[no-untyped-call]
+            writer.add_text(f"transfer/{name}/trace", line, now(self._trainer))

@@ -128,6 +128,7 @@ def show(page: Any, address: str, tab: str) -> None:
 def test_time_series(page: Any, address: str) -> None:
     show(page, address, "timeseries")
     page.locator("input[placeholder='Filter tags (regex)']").fill("tile/net.0/(norm|effective)")
+    page.keyboard.press("Escape")  # the list of suggestions
     assert_filled(page, "time_series", "tile/net.0/norm_AB", "tile/net.0/effective_rank_AB")
 
 
