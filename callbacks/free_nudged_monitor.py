@@ -7,14 +7,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_lrtt.callbacks._layouts import Layout, write_layouts
 from typing_extensions import override
 
 from lightning_lrtt import _check
 from lightning_lrtt.free_nudged import FreeNudgedModule, agreement, bptt, estimate
 
-_LAYOUT = {
+_LAYOUT: Layout = {
     "free/nudged": {
         "cost": ["Multiline", ["free_nudged/cost_free", "free_nudged/cost_nudged"]],
         "residual": ["Multiline", ["free_nudged/residual_free", "free_nudged/residual_nudged"]],
@@ -84,9 +84,11 @@ class FreeNudgedMonitor(Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(_LAYOUT)
+        write_layouts(trainer, self)
+
+    def custom_scalars(self) -> Layout:
+        """Charts for the custom-scalars tab."""
+        return _LAYOUT
 
     @override
     def on_train_batch_start(

@@ -27,6 +27,7 @@ __all__ = [
     "gokmen_vlasov",
     "ideal",
     "idealized",
+    "name_of",
     "reram_array_hfo2",
     "reram_array_om",
     "reram_es",
@@ -193,6 +194,16 @@ def device(name: str) -> Device:
     """
     _check.choice("presets.device", "name", name, DEVICES)
     return DEVICES[name]
+
+
+def name_of(device: Device) -> str | None:
+    """The preset that ``device`` equals; None if there is none.
+
+    Example:
+        >>> name_of(DEVICES["ecram"])
+        'ecram'
+    """
+    return next((name for name, known in DEVICES.items() if known == device), None)
 
 
 def _config(name: str, options: dict[str, Any]) -> LRTTConfig:

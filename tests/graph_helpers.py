@@ -156,3 +156,8 @@ class Rows(DummyLogger):
 
     def log_metrics(self, metrics: Any, step: Any = None) -> None:
         self.rows.append({**metrics, "step": step})
+
+    def without_speed(self) -> list[dict[str, float]]:
+        """The rows of everything but graphs and speed, in the order of their steps: rows may arrive late."""
+        kept = [{k: v for k, v in row.items() if not k.startswith(("graph/", "perf/"))} for row in self.rows]
+        return sorted((row for row in kept if len(row) > 1), key=lambda row: (row["step"], sorted(row)))

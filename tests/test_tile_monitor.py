@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_helpers import DIGITAL, PULSED, Net, loader, trainer
 from lightning_lrtt.callbacks import TileMonitor, _tile_statistics
+from lightning_lrtt.callbacks._cell_bounds import CellBounds
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,15 +48,22 @@ TAGS = [
     "tile/{}/norm_B",
     "tile/{}/norm_C",
     "tile/{}/norm_AB",
+    "tile/{}/effective_rank_AB",
+    "tile/{}/min_C",
+    "tile/{}/mean_C",
+    "tile/{}/max_C",
     "tile/{}/nonfinite",
     "tile/{}/stability",
     "pulse/{}/A",
     "pulse/{}/B",
     "pulse/{}/C",
+    "pulse/{}/per_cell_A",
+    "pulse/{}/per_cell_B",
+    "pulse/{}/per_cell_C",
     "transfer/{}/count",
     "transfer/{}/clip_fraction",
 ]
-BOUNDS = ["tile/{}/at_bounds_A", "tile/{}/at_bounds_B", "tile/{}/at_bounds_C"]
+ON_DEVICES = ["tile/{}/at_bounds_A", "tile/{}/at_bounds_B", "tile/{}/at_bounds_C", "transfer/{}/size"]
 
 
 @pytest.mark.parametrize("config", [DIGITAL, PULSED], ids=["digital", "pulsed"])
@@ -65,7 +73,7 @@ def test_tags_and_steps_are_lightnings_own(tmp_path: Path, config: LRTTConfig) -
     read = scalars(tmp_path)
     steps = [4, 9, 14, 19, 24, 29, 34, 39]
     assert list(read["train/loss"]) == steps  # what Lightning does
-    wanted = TAGS + (BOUNDS if config.is_pulsed else [])
+    wanted = TAGS + (ON_DEVICES if config.is_pulsed else [])
     ours = {tag for tag in read if tag.startswith(("tile/", "pulse/", "transfer/"))}
     assert ours == {tag.format(name) for tag in wanted for name in ("net.0", "net.2")}
     for tag in ours:
@@ -122,25 +130,50 @@ def test_norms_and_bounds_of_a_known_tile() -> None:
     tile.B.data.uniform_(-0.4, 0.4)
     a, b = tile.factors()
     found = _tile_statistics.norms(tile)
+    together = _tile_statistics.measure({"one": tile}, CellBounds())
     for name, matrix in {"A": a, "B": b, "C": tile.matrix, "AB": a @ b}.items():
         # float32 products against float64 ones
         torch.testing.assert_close(found[name], torch.linalg.matrix_norm(matrix.double()), rtol=1e-6, atol=0)
+        torch.testing.assert_close(together[f"tile/one/norm_{name}"], found[name], rtol=1e-14, atol=0)
     tile.B.data[0, :3] = 0.5
     tile.A.data.clamp_(-0.4, 0.4)
-    bounds = _tile_statistics.at_bounds(tile)
+    bounds = CellBounds().shares(tile)
     assert set(bounds) == {"A", "B"}  # C is digital
     assert float(bounds["A"]) == 0.0
     assert float(bounds["B"]) == pytest.approx(3 / 14)
     assert float(b[0, 0]) == 0.5  # nothing was written
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_effective_rank_is_that_of_the_singular_values(rank: int) -> None:
+    """``(sum s^2)^2 / sum s^4`` by an SVD of the product; its ends are 1 and r."""
+    torch.manual_seed(rank)
+    tile = LRTTLinear(30, 20, config=LRTTConfig(rank=rank)).double()
+    assert float(_tile_statistics.effective_rank(tile)) == 0.0  # A = 0
+    tile.A.data.normal_()
+    tile.B.data.normal_()
+    a, b = tile.factors()
+    squares = torch.linalg.svdvals(a @ b).square()
+    expected = squares.sum().square() / squares.square().sum()
+    # Both are sums of some hundred rounded products in float64.
+    torch.testing.assert_close(_tile_statistics.effective_rank(tile), expected, rtol=1e-12, atol=0)
+    measured = _tile_statistics.measure({"one": tile}, CellBounds())["tile/one/effective_rank_AB"]
+    torch.testing.assert_close(measured, expected, rtol=1e-12, atol=0)
+    tile.A.data.copy_(torch.eye(20, rank))
+    tile.B.data.copy_(torch.eye(rank, 30))
+    assert float(_tile_statistics.effective_rank(tile)) == pytest.approx(rank)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "long"])
 def test_curvature_is_that_of_the_input(kind: str) -> None:
     torch.manual_seed(0)
     config = LRTTConfig(rank=2)
     if kind == "linear":
         tile, x = LRTTLinear(10, 4, config=config), torch.randn(5, 3, 10)
         rows = x.reshape(-1, 10)
+    elif kind == "long":  # beyond the size at which a Gram matrix is squared
+        tile, x = LRTTLinear(300, 4, config=config), torch.randn(400, 300) + 0.5
+        rows = x
     else:
         tile, x = LRTTConv2d(2, 4, 3, padding=1, config=config), torch.randn(3, 2, 5, 5)
         rows = torch.nn.functional.unfold(x, 3, padding=1).transpose(1, 2).reshape(-1, 18)
@@ -220,8 +253,10 @@ def test_one_transfer_per_logging_step_and_none_between(
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
     run.fit(Net(), loader())
     # At a logging step: the monitor's vector (copied, then listed on the host) and the strategy's look for non-finite
-    # operands, which the first batch of a later epoch has too.
+    # operands, which the first batch of a later epoch has too. At the last step of the epoch and of
+    # the run one more vector: histograms and images.
     expected = [(0, 1, 2) if (step + 1) % 5 == 0 else (0, 0, int(step == 20)) for step in range(24)]
+    expected[19], expected[23] = (0, 2, 3), (0, 1, 1)
     assert opening.reads == expected
 
 
