@@ -228,6 +228,8 @@ def run(workers: int, job: Callable[..., Any], *args: Any, limit: float = 60.0, 
 
 def _worker(pipe: Any, rank: int, workers: int, port: int, job: Callable[..., Any], args: Any, kwargs: Any) -> None:
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # All workers are on this host; gloo would otherwise look up the host's name, which can take long without a network.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
         try:

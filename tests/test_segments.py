@@ -169,27 +169,37 @@ def test_wrong_programs_are_refused(program):
         SUM(out, slots, torch.ones(len(program), dtype=torch.float64), numbers(1), numbers(), program, False)
 
 
+PROGRAMS = {
+    "one worker": range(12),
+    "two nodes": range(2, 9),
+    "one segment": range(5, 6),
+    "many slots": range(7, 60),  # of 144: more than pass through a GPU's registers at once
+}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: GPU tests run on a machine that has one")
-@pytest.mark.parametrize("weights", [(1, 1, 1, 1), (1, 0.3, 0, 1)], ids=["ones", "weighted"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["ones", "weighted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_cuda_equals_cpu(dtype, weights):
-    """The same bits of sums, norms and flags."""
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("own", PROGRAMS)
+def test_cuda_equals_cpu(own, offset, dtype, weighted):
+    """The same bits of sums, norms and flags: several parameters, whole and cut blocks, an absent slot, an infinity."""
+    own = PROGRAMS[own]
+    nodes, steps = maximal_nodes(12 if own.stop <= 12 else 144, own), len(own)
+    sizes = (3 * 4096, 50001, 70, 1)
+    weights = torch.ones(steps, dtype=torch.float64)
+    if weighted:
+        weights[0], weights[-1] = 0.3, 0.0 if steps > 1 else 0.5
     results = []
     for device in ("cpu", "cuda"):
-        out, slots, w, scale, stats, program, redo = call(
-            dtype, numbers(*weights), torch.zeros(4, 2, dtype=torch.float64), sizes=(50000, 70, 1)
-        )
+        slots = [randn(100 * p + s, n + offset).to(dtype).to(device)[offset:] for p, n in enumerate(sizes) for s in own]
         slots[0][5] = float("inf")
-        moved = (
-            [t.to(device) for t in out],
-            [t.to(device) for t in slots],
-            *(t.to(device) for t in (w, scale, stats)),
-            program,
-            redo,
-        )
-        SUM(*moved)
-        results.append([t.cpu() for t in (*moved[0], moved[4])])
+        slots[steps - 1] = torch.empty(0, dtype=dtype, device=device)
+        out = [torch.full((n + offset,), 7.0, dtype=dtype, device=device)[offset:] for n in sizes for _ in nodes]
+        stats = torch.zeros(steps, 2, dtype=torch.float64, device=device)
+        SUM(out, slots, weights.to(device), numbers(0.25).to(device), stats, sum_program(nodes), False)
+        results.append([t.cpu() for t in (*out, stats)])
     for a, b in zip(*results, strict=True):
         assert same_bits(a.nan_to_num(1e9), b.nan_to_num(1e9))
 
