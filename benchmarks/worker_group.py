@@ -85,7 +85,8 @@ def _work(pipe: Any, rank: int, workers: int, port: int, dump: float, job: Any, 
 
     faulthandler.dump_traceback_later(max(dump, 1.0))
     warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning_lrtt"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     # All workers are on this host: gloo would otherwise look the host's name up, which takes long where nobody answers.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
