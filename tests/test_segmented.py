@@ -13,7 +13,7 @@ import pytest
 import segment_jobs as jobs
 import torch
 from helpers import clean_environment
-from segment_jobs import DIGITAL, PULSED, Failed, run
+from segment_jobs import DIGITAL, NOISY, NOISY_PULSED, PULSED, Failed, run
 
 from lightning_lrtt import build_info
 from lightning_lrtt.strategies.tree import owners
@@ -76,6 +76,24 @@ def test_T1_one_digest_for_more_workers(workers):
 def test_T1_collectives_give_the_same_digest(workers):
     """The exchange is not part of the numbers."""
     check_same(workers, exchange="collectives")
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_T1_noise_of_converters_follows_the_segment(name):
+    """Reads draw by (ticket, sample of the segment), whoever computes it: 1, 2 and 3 workers, digital and pulsed tiles."""
+    fits = [{"kind": name, "config": config, "epochs": 1} for config in (NOISY, NOISY_PULSED)]
+    one = run(1, jobs.several, fits)[0]
+    assert one[0]["digest"] != run(1, jobs.fit, kind=name, config=DIGITAL, epochs=1)[0]["digest"]
+    for workers in (2, 3):
+        for own in run(workers, jobs.several, fits):
+            assert [r["digest"] for r in own] == [r["digest"] for r in one]
+            assert [r["metrics"] for r in own] == [r["metrics"] for r in one]
+
+
+def test_plain_ddp_draws_other_noise_on_every_worker():
+    """Lightning's DDP with digital tiles and converters: the numbers of samples are shared out over workers."""
+    for rank, tiles in enumerate(run(2, jobs.plain_ddp)):
+        assert tiles == [(rank * 2**25, 2**25)] * 2
 
 
 def test_T1_144_segments():
@@ -153,6 +171,8 @@ def test_T5_thread_sanitizer(tmp_path):
         str(root / "segments_tsan.cpp"),
         str(core / "barrier.cpp"),
         str(core / "segments.cpp"),
+        str(core / "segment_lanes.cpp"),
+        "-DLRTT_ISA=base",
         "-o",
         str(program),
         "-pthread",

@@ -12,6 +12,7 @@ from helpers import randn, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_lrtt.callbacks import CUDAGraph
 from segment_jobs import Net, Rows
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
@@ -175,6 +176,25 @@ PROGRAMS = {
     "one segment": range(5, 6),
     "many slots": range(7, 60),  # of 144: more than pass through a GPU's registers at once
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("own", PROGRAMS)
+def test_programs_equal_reference(own, offset, dtype):
+    """Quads, pairs and single slots pass in other ways; whole blocks, cut ones, vectors cut to single elements."""
+    own = PROGRAMS[own]
+    nodes, steps = maximal_nodes(12 if own.stop <= 12 else 144, own), len(own)
+    sizes = (4096, 4096 + 77, 300, 1)
+    slots = [randn(100 * p + s, n + offset).to(dtype)[offset:] for p, n in enumerate(sizes) for s in own]
+    results = []
+    for op in (SUM, reference_segments.segment_sum_):
+        out = [torch.full((n + offset,), 7.0, dtype=dtype)[offset:] for n in sizes for _ in nodes]
+        stats = torch.zeros(steps, 2, dtype=torch.float64)
+        op(out, slots, torch.ones(steps, dtype=torch.float64), numbers(0.25), stats, sum_program(nodes), False)
+        results.append([*out, stats])
+    for a, b in zip(*results, strict=True):
+        assert same_bits(a, b)
 
 
 @pytest.mark.gpu
@@ -348,6 +368,15 @@ def test_arguments_are_checked(arguments, message):
         LRTTDDPStrategy(**arguments)
 
 
+QUIET = {
+    "max_epochs": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
 class Manual(Net):
     """Manual optimisation."""
 
@@ -402,15 +431,22 @@ def test_set_ups_are_refused(model, options, message):
         accelerator="cpu",
         devices=1,
         strategy=LRTTDDPStrategy(exclude=["*"]),
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
         **options,
     )
     with pytest.raises(MisconfigurationException, match=message):
         trainer.fit(model(), DataLoader(Rows((6,)), batch_size=24))
+
+
+def test_cuda_graph_is_refused():
+    """Workers meet within a step, on the CPU; a recorded step could not."""
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, strategy=LRTTDDPStrategy(exclude=["*"]), callbacks=[CUDAGraph()], **QUIET
+    )
+    with pytest.raises(
+        MisconfigurationException, match=r"whole steps on one device, got LRTTDDPStrategy.*callback out"
+    ):
+        trainer.fit(Net(), DataLoader(Rows((6,)), batch_size=24))
 
 
 def test_statistics_reach_tensorboard(tmp_path):

@@ -14,7 +14,7 @@ from lightning_lrtt.ops import schema
 
 _ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # ElementType of csrc/jobs.h
 DECODERS: dict[int, tuple[int, int]] = _C.decoders()  # GGML type -> (elements, bytes) of a block
-_MAX_SAMPLES = 2**26  # the random counter holds 26 bits of sample index (csrc/math.h)
+MAX_SAMPLES = 2**26  # the random counter holds 26 bits of sample index (csrc/math.h)
 
 
 def _contiguous(op: str, name: str, tensor: Tensor, *dtypes: torch.dtype, size: int | None = None) -> int:
@@ -145,10 +145,10 @@ def pulsed_update_(
                 f"lrtt::{op}: x must be [N, {columns}] and d [N, {rows}] for w {list(w_.shape)}, got x "
                 f"{list(x_.shape)}, d {list(d_.shape)}"
             )
-        if first < 0 or first % schema.BLOCK_SAMPLES or first + x_.shape[0] > _MAX_SAMPLES:
+        if first < 0 or first % schema.BLOCK_SAMPLES or first + x_.shape[0] > MAX_SAMPLES:
             raise ValueError(
                 f"lrtt::{op}: first_sample must be a multiple of {schema.BLOCK_SAMPLES} and a step at most "
-                f"{_MAX_SAMPLES} samples, got first_sample {first} and {x_.shape[0]} samples"
+                f"{MAX_SAMPLES} samples, got first_sample {first} and {x_.shape[0]} samples"
             )
         x_, d_ = _operand(x_), _operand(d_)
         keep += [x_, d_]
@@ -440,18 +440,22 @@ def segment_sum_(
     for p in range(len(out) // nodes):
         first = out[p * nodes]
         size, dtype, device = first.numel(), first.dtype, first.device
-        for tensor in out[p * nodes : (p + 1) * nodes]:
-            _contiguous(op, "out", tensor, dtype, size=size)
-        own = slots[p * steps : (p + 1) * steps]
-        for tensor in own:
-            if tensor.numel():
-                _contiguous(op, "slots", tensor, dtype, size=size)
-                if tensor.device != device:
-                    _same_device(op, first, slots=tensor)
         _contiguous(op, "out", first, torch.float32, torch.float64)
+        for name, tensors in (("out", out[p * nodes : (p + 1) * nodes]), ("slots", slots[p * steps : (p + 1) * steps])):
+            for tensor in tensors:  # hundreds a step: what is right is not looked at closer
+                if (
+                    tensor.numel() == size
+                    and tensor.dtype == dtype
+                    and tensor.device == device
+                    and tensor.is_contiguous()
+                ):
+                    continue
+                if tensor.numel() or name == "out":
+                    _contiguous(op, name, tensor, dtype, size=size)
+                    _same_device(op, first, **{name: tensor})
         jobs.append(
             (
-                [t.data_ptr() if t.numel() else 0 for t in own],
+                [t.data_ptr() if t.numel() else 0 for t in slots[p * steps : (p + 1) * steps]],
                 [t.data_ptr() for t in out[p * nodes : (p + 1) * nodes]],
                 size,
                 dtype == torch.float64,

@@ -69,7 +69,7 @@ class SegmentFit:
         restore_rng(state, torch.device("cpu"))
         self.exchange = _exchange(strategy)
         self.reducer = Reducer(self.exchange, strategy.nonfinite, strategy.segment_clip)
-        self.runner = Runner(self.module, self._forward, self._backward, device)
+        self.runner = Runner(self.module, self._forward, self._backward, device, strategy.segments)
         self.test_hash: int | None = None
         self._reduced: Reduced | None = None
 
@@ -90,13 +90,14 @@ class SegmentFit:
                 self._self_test(batch, rest, kwargs, step)
                 order.reverse()  # segment 0 alone before, now after others
             for j in order:
-                results[j] = self.runner.run(self._seed(step, own[j]), (pick(batch, j), *rest), kwargs)
+                results[j] = self.runner.run(own[j], self._seed(step, own[j]), (pick(batch, j), *rest), kwargs)
             if test and own.start == 0 and _hash(results[0]) != self.test_hash:
                 raise ReplicaError(
                     "LRTTDDPStrategy: a segment must give the same bits alone and after others, got others in segment 0; "
                     "training_step keeps something from one call to the next (an attribute, a cache, a lazily made tensor). "
                     "Keep it in a buffer, or set self_test=False if it does not matter"
                 )
+        self.runner.finish()
         self.runner.buffers.compared()
         reduced = self.reducer.reduce([results[j] for j in range(len(own))], self.runner, step)
         self._reduced = reduced
@@ -167,7 +168,7 @@ class SegmentFit:
                     f"LRTTDDPStrategy: batches must be picklable for the self-test, but {error}; set self_test=False"
                 ) from error
             segment = move_data_to_device(box[0], device)
-        result = self.runner.run(self._seed(step, 0), (segment, *rest), kwargs)
+        result = self.runner.run(0, self._seed(step, 0), (segment, *rest), kwargs)
         self.test_hash = _hash(result)
         hashes = [words[0] for words in self.exchange.meet([self.test_hash])]
         compare_hashes("the self-test's segment", hashes, step)
