@@ -437,30 +437,26 @@ def segment_sum_(
         return
     _same_device(op, out[0], weights=weights, scale=scale, stats=stats)
     jobs = []
+    index = out[0].get_device()  # -1: the CPU
     for p in range(len(out) // nodes):
         first = out[p * nodes]
-        size, dtype, device = first.numel(), first.dtype, first.device
+        size, dtype = first.numel(), first.dtype
         _contiguous(op, "out", first, torch.float32, torch.float64)
-        for name, tensors in (("out", out[p * nodes : (p + 1) * nodes]), ("slots", slots[p * steps : (p + 1) * steps])):
-            for tensor in tensors:  # hundreds a step: what is right is not looked at closer
-                if (
-                    tensor.numel() == size
-                    and tensor.dtype == dtype
-                    and tensor.device == device
-                    and tensor.is_contiguous()
-                ):
-                    continue
-                if tensor.numel() or name == "out":
-                    _contiguous(op, name, tensor, dtype, size=size)
-                    _same_device(op, first, **{name: tensor})
-        jobs.append(
-            (
-                [t.data_ptr() if t.numel() else 0 for t in slots[p * steps : (p + 1) * steps]],
-                [t.data_ptr() for t in out[p * nodes : (p + 1) * nodes]],
-                size,
-                dtype == torch.float64,
-            )
-        )
+        pointers: tuple[list[int], list[int]] = ([], [])
+        for tensors, to in (
+            (slots[p * steps : (p + 1) * steps], pointers[0]),
+            (out[p * nodes : (p + 1) * nodes], pointers[1]),
+        ):
+            for t in tensors:  # hundreds a step: one look each at what is right
+                if t.numel() == size and t.dtype is dtype and t.is_contiguous() and t.get_device() == index:
+                    to.append(t.data_ptr())
+                elif t.numel() or to is pointers[1]:
+                    name = "slots" if to is pointers[0] else "out"
+                    _same_device(op, out[0], **{name: t})
+                    to.append(_contiguous(op, name, t, dtype, size=size))
+                else:
+                    to.append(0)
+        jobs.append((*pointers, size, dtype == torch.float64))
     arguments = (
         jobs,
         [(step >> 1, step & 1) for step in program],
@@ -472,7 +468,9 @@ def segment_sum_(
     owner = out[0]
     if owner.is_cuda:
         _require_cuda(owner)
-    bytes_ = getattr(_C, f"segment_sum_{'cuda' if owner.is_cuda else 'cpu'}_bytes")(*arguments)
+    bytes_ = 0
+    if owner.is_cuda or stats.numel():
+        bytes_ = getattr(_C, f"segment_sum_{'cuda' if owner.is_cuda else 'cpu'}_bytes")(*arguments)
     scratch = torch.empty(bytes_, dtype=torch.uint8, device=owner.device)
     _run(owner, "segment_sum", *arguments, scratch.data_ptr())
 
