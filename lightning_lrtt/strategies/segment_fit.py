@@ -41,6 +41,7 @@ class SegmentFit:
 
     Attributes:
         test_hash: What the self-test's segment hashed to; None before the first step.
+        last_bytes_sent: What this worker gave to others in the last step.
 
     Raises:
         MisconfigurationException: If the workers' settings, code or builds differ.
@@ -71,6 +72,7 @@ class SegmentFit:
         self.reducer = Reducer(self.exchange, strategy.nonfinite, strategy.segment_clip)
         self.runner = Runner(self.module, self._forward, self._backward, device, strategy.segments)
         self.test_hash: int | None = None
+        self.last_bytes_sent = 0
         self._reduced: Reduced | None = None
 
     # -------------------------------------------------------------- a step
@@ -177,9 +179,9 @@ class SegmentFit:
 
     def _log_statistics(self, reduced: Reduced) -> None:
         trainer, every = self.trainer, self.trainer.log_every_n_steps
+        self.last_bytes_sent, self.exchange.bytes_sent = self.exchange.bytes_sent, 0
         due = every and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
         if not due or trainer.barebones:
-            self.exchange.bytes_sent = 0
             return
         norms = reduced.rows[:, SQUARE].sqrt()
         values = {
@@ -187,14 +189,13 @@ class SegmentFit:
             "norm_max": norms.max(),
             "norm_min": norms.min(),
             "nonfinite": reduced.rows[:, BAD].sum(),
-            "bytes_sent": float(self.exchange.bytes_sent),
+            "bytes_sent": float(self.last_bytes_sent),
             "gradient_bytes": float(self.reducer.gradient_bytes),
             "operand_bytes": float(self.reducer.operand_bytes),
         }
         for name, value in values.items():
             number: Any = value.float() if isinstance(value, Tensor) else value
             self.module.log(f"segment/{name}", number, on_step=True, on_epoch=False, batch_size=1)
-        self.exchange.bytes_sent = 0
 
     def announce(self) -> None:
         """Say once who computes what."""
