@@ -11,9 +11,10 @@ import torch
 from helpers import randn, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_lrtt.callbacks import CUDAGraph
-from segment_jobs import Net, Rows
+from segment_jobs import PULSED, Net, Rows
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
 from lightning_lrtt import _C, LRTTDDPStrategy, ResumableLoader
@@ -413,6 +414,55 @@ class LogsSometimes(Net):
         return super().training_step(batch, batch_idx)
 
 
+class Iterates(Net):
+    """Takes the iterator."""
+
+    def training_step(self, dataloader_iter):
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
+class Sparse(Net):
+    """An embedding with sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(4, 3, sparse=True)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.embedding(torch.tensor([1])).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class LogsMedian(Net):
+    """A reduction that segments do not have."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("train/x", 1.0, reduce_fx=torch.median)
+        return super().training_step(batch, batch_idx)
+
+
+class Ragged(Net):
+    """Segments of one row and of two."""
+
+    def training_step(self, batch, batch_idx):
+        rows = 1 + self.calls % 2
+        return super().training_step([part[:rows] for part in batch], batch_idx)
+
+
+class Grows(Net):
+    """A buffer of another shape in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0))
+
+    def training_step(self, batch, batch_idx):
+        self.seen = torch.cat([self.seen, torch.ones(1)])
+        return super().training_step(batch, batch_idx)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
@@ -422,15 +472,40 @@ class LogsSometimes(Net):
         (LogsMetric, {}, "metric mean must not be updated in training_step"),
         (NoLoss, {}, "training_step must return a loss for every segment, got NoneType"),
         (LogsSometimes, {}, "must log the same names in every segment, got train/0, train/1 in some only"),
+        (Iterates, {}, "training_step must be one that takes a batch, got dataloader_iter"),
+        (Sparse, {}, "the gradient of embedding.weight must be dense, got torch.sparse_coo; use sparse=False"),
+        (LogsMedian, {}, "reduce_fx of self.log..train/x.. must be mean, sum, min or max"),
+        (Ragged, {"config": PULSED}, "every segment must call each tile with the same shapes, got .* samples; pad"),
+        (Grows, {}, "buffer seen must keep shape and dtype in training_step"),
+        (
+            Net,
+            {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))},
+            "precision must be '32-true', '64-true' or 'bf16-mixed', got 16-mixed; a gradient scaler",
+        ),
     ],
-    ids=["accumulation", "manual", "sync_batchnorm", "metric", "no loss", "names"],
+    ids=[
+        "accumulation",
+        "manual",
+        "sync_batchnorm",
+        "metric",
+        "no loss",
+        "names",
+        "iterator",
+        "sparse",
+        "reduction",
+        "ragged",
+        "buffer",
+        "scaler",
+    ],
 )
 def test_set_ups_are_refused(model, options, message):
     """Before the first update, with the reason."""
+    config = options.get("config")
+    options = {name: value for name, value in options.items() if name != "config"}
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
-        strategy=LRTTDDPStrategy(exclude=["*"]),
+        strategy=LRTTDDPStrategy(config=config, self_test=False, exclude=None if config else ["*"]),
         **QUIET,
         **options,
     )
