@@ -167,6 +167,7 @@ def main() -> None:
                 own.append(line["cpu_ms"])
                 if len(own) == workers:
                     found.setdefault((line["model"], line["strategy"]), []).append(sum(own))
+                    report.add({**line, "cpu_ms": round(sum(own), 1), "workers": workers})
         except GroupError as error:
             failed = True
             report.add({"error": str(error)})

@@ -7,6 +7,7 @@ hung is printed by itself (`faulthandler`) three seconds before.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
 import multiprocessing as mp
@@ -96,7 +97,8 @@ def _work(pipe: Any, rank: int, workers: int, port: int, dump: float, job: Any, 
             pipe.send(("value", value))
         pipe.send(("end", None))
     except BaseException:
-        pipe.send(("error", traceback.format_exc()[-3000:]))
+        with contextlib.suppress(OSError):  # nobody listens any more
+            pipe.send(("error", traceback.format_exc()[-3000:]))
     # Without destroy_process_group: after an error in another worker it would wait for that one.
     pipe.close()
     os._exit(0)

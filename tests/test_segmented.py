@@ -314,3 +314,17 @@ def test_torchrun_restarts_and_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "killed").exists()
     assert (tmp_path / "digest").read_text() == alone("lrtt-pulsed")["digest"]
+
+
+@pytest.mark.slow
+def test_the_example_shows_one_digest():
+    """One command, 1, 2, 3 and 5 workers through Lightning's launcher and the command line."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, str(root / "examples" / "segmented" / "run.py"), "--epochs", "1"]
+    done = subprocess.run(
+        command, cwd=root, env=clean_environment(), capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["1", "2", "3", "5"]
+    assert len({line[2] for line in lines}) == 1

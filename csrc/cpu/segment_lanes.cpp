@@ -59,20 +59,13 @@ inline __attribute__((always_inline)) void add_squares(const T* from, Sums (&sum
 }
 
 template <class T>
-inline __attribute__((always_inline)) double norm(const T* slot, int64_t n, int64_t ahead, bool* bad) {
+inline __attribute__((always_inline)) double norm(const T* slot, int64_t n, bool* bad) {
   alignas(64) double lanes[kSegmentLanes];
   Sums any = {};
-  const T* next = slot + kSegmentBlock;
-  const T* const end = next + ahead;
   for (int g = 0; g < kSegmentLanes; g += kGroup) {
     Sums sum[kSums] = {};
     int64_t e = g;
-    for (; e + kGroup <= n; e += kSegmentLanes) {
-      if (next < end)
-        for (int line = 0; line < kGroup; line += 64 / int(sizeof(T))) __builtin_prefetch(next + line, 0, 2);
-      next += kGroup;
-      add_squares(slot + e, sum, any);
-    }
+    for (; e + kGroup <= n; e += kSegmentLanes) add_squares(slot + e, sum, any);
     if (e < n) {
       alignas(64) T rest[kGroup] = {};
       memcpy(rest, slot + e, size_t(n - e) * sizeof(T));
@@ -154,8 +147,8 @@ inline __attribute__((always_inline)) void sum(const SegmentPart<T>& part) {
   for (; e < part.size; ++e) strip<T, T, 1>(part, e);
 }
 
-double norm_float(const float* slot, int64_t n, int64_t ahead) { return norm(slot, n, ahead, nullptr); }
-double norm_double(const double* slot, int64_t n, int64_t ahead, bool* bad) { return norm(slot, n, ahead, bad); }
+double norm_float(const float* slot, int64_t n) { return norm(slot, n, nullptr); }
+double norm_double(const double* slot, int64_t n, bool* bad) { return norm(slot, n, bad); }
 void sum_float(const SegmentPart<float>& part) { sum(part); }
 void sum_double(const SegmentPart<double>& part) { sum(part); }
 

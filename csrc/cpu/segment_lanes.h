@@ -27,9 +27,8 @@ struct SegmentPart {
 struct SegmentLanes {
   const char* name;
   // Of the n elements of one slot: the sum of squares, and whether a double is not finite (of floats the sum tells).
-  // ahead: elements of the slot's next block, which are fetched meanwhile.
-  double (*norm_float)(const float* slot, int64_t n, int64_t ahead);
-  double (*norm_double)(const double* slot, int64_t n, int64_t ahead, bool* bad);
+  double (*norm_float)(const float* slot, int64_t n);
+  double (*norm_double)(const double* slot, int64_t n, bool* bad);
   void (*sum_float)(const SegmentPart<float>& part);
   void (*sum_double)(const SegmentPart<double>& part);
 };
