@@ -1,39 +1,44 @@
-"""What segments cost on this machine: step time against plain DDP, exchanged bytes.
+"""What segments cost on CPU cores: step time against plain DDP, exchanged bytes, the tree kernel.
 
-Usage:  python benchmarks/segments.py [--workers 1 2] [--rounds 3] [--bytes] [--json out.json]
+Usage:  python benchmarks/segments.py [--workers 1 2] [--models transformer conv] [--rounds 3] [--json out.json]
+        python benchmarks/segments.py --bytes       the table of docs/segments.md instead
+        python benchmarks/segments.py --profile     where a step of lrtt_ddp spends its time, one worker
 
 Step times are CPU times of all workers per step (wall time means little on a shared machine), with LR-TT tiles on
-both sides, 64 rows a segment, runs interleaved; the median of the rounds' ratios is printed. ``--bytes`` measures the
-table of docs/segments.md instead.
+both sides, 64 rows a segment, fits interleaved; the median of the rounds' ratios is printed with the bound: 1.15, times
+ceil(12 / W) * W / 12 where W does not divide 12. Every group of workers has ``--limit`` seconds; results come as they are
+known. Exit status 1 if a group failed; ratios are only printed, as other work on the machine moves them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import socket
+import cProfile
+import pstats
 import statistics
 import sys
-import tempfile
 import time
-import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DDPStrategy
-from segments_gpu import DIGITAL, PULSED, Model
+from segments_gpu import DIGITAL, PULSED, Report, train, tree_kernel
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from worker_group import GroupError, group
 
-from lightning_lrtt import LRTTDDPStrategy, convert_to_lrtt
+from lightning_lrtt import LRTTDDPStrategy
+
+BOUND = 1.15
+WARM = 2  # steps that are not counted
 
 
 class CpuTime(Callback):
-    """Process time of each step."""
+    """Process time at the end of each step."""
 
     def __init__(self) -> None:
         self.marks: list[float] = []
@@ -42,13 +47,43 @@ class CpuTime(Callback):
         """One more."""
         self.marks.append(time.process_time())
 
+    def ms(self) -> float:
+        """Median of the steps after the first ones."""
+        marks = self.marks[WARM:]
+        return 1e3 * statistics.median(b - a for a, b in pairwise(marks))
+
+
+def steps_of(rank: int, workers: int, models: list[str], rounds: int, steps: int) -> Iterator[dict[str, Any]]:
+    """CPU ms of one worker's steps."""
+    for round_ in range(rounds):
+        for name in models:
+            for how in ("ddp", "lrtt_ddp"):
+                clock = CpuTime()
+                train(name, DIGITAL, workers, "cpu", 64, steps, how, callbacks=[clock], exchange="auto")
+                yield {"model": name, "strategy": how, "round": round_, "cpu_ms": clock.ms()}
+
+
+def profiled(rank: int, workers: int, models: list[str], steps: int) -> Iterator[str]:
+    """The functions that take most of a fit's time."""
+    for name in models:
+        profile = cProfile.Profile()
+        profile.enable()
+        train(name, DIGITAL, workers, "cpu", 64, steps, exchange="auto")
+        profile.disable()
+        stats = pstats.Stats(profile)
+        stats.sort_stats("tottime")
+        for function in stats.fcn_list[:25]:  # type: ignore[attr-defined]
+            calls, _, own, total, _ = stats.stats[function]  # type: ignore[attr-defined]
+            file, line, what = function
+            yield f"{name}: {own:7.3f} s own {total:7.3f} s in all {calls:7d} calls  {file.rpartition('/')[2]}:{line} {what}"
+
 
 class Wide(pl.LightningModule):
     """One 4096 x 4096 layer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net, self.shape = nn.Linear(4096, 4096, bias=False), (4096,)
+        self.net = nn.Linear(4096, 4096, bias=False)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """Mean square."""
@@ -59,107 +94,102 @@ class Wide(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def train(model: Any, config: Any, workers: int, plain: bool, rows: int, steps: int) -> tuple[float, Any]:
-    """CPU seconds a step, and the strategy's sizes."""
-    pl.seed_everything(1, verbose=False)
-    torch.set_num_threads(1)
-    batch, clock, seen = 12 * rows, CpuTime(), {}
-    if plain:
-        convert_to_lrtt(model, config)
-        strategy: Any = DDPStrategy()
-    else:
-        strategy = LRTTDDPStrategy(config=config, timeout=120, exclude=None if config else ["*"])
+class Sizes(Callback):
+    """What the step exchanged."""
 
-    class Look(Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            if not plain:
-                reducer = trainer.strategy.fit.reducer
-                seen.update(gradient=reducer.gradient_bytes, operands=reducer.operand_bytes)
+    def __init__(self) -> None:
+        self.seen: dict[str, int] = {}
 
-    data = TensorDataset(torch.randn(batch, *model.shape), torch.randint(10, (batch,)))
-    loader = DataLoader(data, batch_size=batch // workers if plain else batch, drop_last=True)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=workers,
-        strategy=strategy,
-        max_steps=steps,
-        max_epochs=-1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[clock, Look()],
-    )
-    trainer.fit(model, loader)
-    pairs = list(zip(clock.marks[2:], clock.marks[3:], strict=False))
-    return statistics.median([b - a for a, b in pairs]) if pairs else 0.0, seen
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        """Of the last step."""
+        fit = trainer.strategy.fit
+        self.seen = {
+            "gradient": fit.reducer.gradient_bytes,
+            "operands": fit.reducer.operand_bytes,
+            "sent": fit.last_bytes_sent,
+        }
 
 
-def work(rank: int, workers: int, port: int, rounds: int, steps: int, bytes_: bool, folder: str) -> None:
-    """One worker."""
-    warnings.simplefilter("ignore")
-    os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    results: list[Any] = []
-    if bytes_:
-        from dataclasses import replace
+def bytes_of(rank: int, workers: int) -> Iterator[dict[str, Any]]:
+    """One step of the 4096 x 4096 layer as a dense layer, on a digital and on a pulsed tile."""
+    for name, config in (("dense", None), ("digital", DIGITAL), ("pulsed", replace(PULSED, rank=8))):
+        pl.seed_everything(1, verbose=False)
+        sizes = Sizes()
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=workers,
+            strategy=LRTTDDPStrategy(config=config, timeout=120, exclude=None if config else ["*"]),
+            max_steps=1,
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[sizes],
+        )
+        trainer.fit(Wide(), DataLoader(TensorDataset(torch.randn(768, 4096)), batch_size=768, drop_last=True))
+        yield {"layer": "4096x4096, r=8, 768 rows", "workers": workers, "mode": name, **sizes.seen}
 
-        for name, config in (("dense", None), ("digital", DIGITAL), ("pulsed", replace(PULSED, rank=8))):
-            results.append((name, train(Wide(), config, workers, False, 64, 1)[1]))
-    else:
-        for _ in range(rounds):
-            for name in ("conv", "transformer", "mlp"):
-                for plain in (True, False):
-                    results.append((name, plain, train(Model(name), DIGITAL, workers, plain, 64, steps)[0]))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
+
+def bound(workers: int) -> float:
+    """The largest ratio that is asked for: workers with fewer segments wait for those with more."""
+    return BOUND * -(-12 // workers) * workers / 12
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--models", nargs="+", choices=["transformer", "conv", "mlp"], default=["transformer", "conv"])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds for one group of workers")
     parser.add_argument("--bytes", action="store_true")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
-    report: list[dict[str, Any]] = []
+    report, failed = Report(args.json), False
+    if args.profile:
+        for _, line in group(1, profiled, args.models, args.steps, limit=args.limit):
+            sys.stdout.write(line + "\n")
+        return
     for workers in args.workers:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(
-                work, (workers, port, args.rounds, args.steps, args.bytes, folder), nprocs=workers
-            )
-            ranks = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(workers)]
-        if args.bytes:
-            report += [
-                {"workers": workers, "layer": "4096x4096, r=8", "mode": name, **sizes} for name, sizes in ranks[0]
-            ]
-            continue
-        for name in ("conv", "transformer", "mlp"):
-            total = {
-                plain: [
-                    sum(t) for t in zip(*([r[2] for r in own if r[:2] == [name, plain]] for own in ranks), strict=True)
-                ]
-                for plain in (True, False)
-            }
-            ratios = [b / a for a, b in zip(total[True], total[False], strict=True)]
-            report.append(
-                {
-                    "model": name,
-                    "workers": workers,
-                    "ddp_ms": 1e3 * statistics.median(total[True]),
-                    "lrtt_ddp_ms": 1e3 * statistics.median(total[False]),
-                    "ratio": round(statistics.median(ratios), 3),
-                }
-            )
-    for line in report:
-        sys.stdout.write(json.dumps(line) + "\n")
-    if args.json:
-        Path(args.json).write_text(json.dumps(report))
+        found: dict[tuple[str, str], list[float]] = {}
+        try:
+            if args.bytes:
+                for rank, line in group(workers, bytes_of, limit=args.limit):
+                    if rank == 0:
+                        report.add(line)
+                continue
+            rows: dict[tuple[str, str, int], list[float]] = {}
+            for _, line in group(workers, steps_of, args.models, args.rounds, args.steps, limit=args.limit):
+                own = rows.setdefault((line["model"], line["strategy"], line["round"]), [])
+                own.append(line["cpu_ms"])
+                if len(own) == workers:
+                    found.setdefault((line["model"], line["strategy"]), []).append(sum(own))
+                    report.add({**line, "cpu_ms": round(sum(own), 1), "workers": workers})
+        except GroupError as error:
+            failed = True
+            report.add({"error": str(error)})
+        for name in args.models:
+            ddp, ours = (found.get((name, how), []) for how in ("ddp", "lrtt_ddp"))
+            if ddp and ours:
+                ratios = [b / a for a, b in zip(ddp, ours, strict=False)]
+                report.add(
+                    {
+                        "model": name,
+                        "workers": workers,
+                        "ddp_ms": [round(t, 1) for t in ddp],
+                        "lrtt_ddp_ms": [round(t, 1) for t in ours],
+                        "ratio": round(statistics.median(ratios), 3),
+                        "bound": round(bound(workers), 3),
+                    }
+                )
+    if not args.bytes:
+        torch.set_num_threads(1)
+        for line in tree_kernel((4_096, 16_384, 10_000_000), "cpu"):
+            report.add(line)
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -148,8 +148,9 @@ class CUDAGraph(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit" and not isinstance(trainer.strategy, (ExecutorSeams, TileStrategy)):
             raise MisconfigurationException(
-                f"CUDAGraph: the strategy must be one of lightning_lrtt's, got {type(trainer.strategy).__name__}; use "
-                "Trainer(strategy='lrtt') (LRTTStrategy(include=[]) leaves every layer digital)"
+                f"CUDAGraph: the strategy must run whole steps on one device, got {type(trainer.strategy).__name__}; use "
+                "Trainer(strategy='lrtt', devices=1) (LRTTStrategy(include=[]) leaves every layer digital), or leave the "
+                "callback out: the workers of lrtt_ddp and ddp meet within a step, which a graph cannot hold"
             )
         if stage == "fit":
             self._events = Events()

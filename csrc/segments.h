@@ -30,7 +30,7 @@ struct SegmentJob {
   void* const* out;          // [emitting steps]
   int64_t size;
   int is_double;
-  int padding;
+  int aligned;  // set by the CUDA code: all of them start at multiples of 16 bytes
 };
 
 // All parameters of a model.

@@ -15,6 +15,7 @@ from torch import Tensor, distributed
 from torch.optim import SGD, Optimizer
 
 from lightning_lrtt import _check, tile_step
+from lightning_lrtt.nn.analog import number_samples
 from lightning_lrtt.nn.tile import TileLink, TileModule
 from lightning_lrtt.ops import COUNTS, STEP
 from lightning_lrtt.tile_step import factor_jobs as _factor_jobs  # noqa: F401  where callbacks have looked for it
@@ -179,6 +180,9 @@ class LRTT(Optimizer):
                 f"{distributed.get_world_size()} workers; plain ddp averages gradients, not pulses, and the workers' "
                 "tiles would drift apart. Use Trainer(strategy='lrtt', devices=1) or digital tiles"
             )
+        if several and not self.reduced:  # plain ddp: converters of different workers must not draw the same noise
+            for tile, _ in self.tiles():
+                number_samples(tile, distributed.get_rank(), distributed.get_world_size())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -12,6 +12,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_lrtt import LRTTConfig, LRTTDDPStrategy, devices
+from lightning_lrtt import LRTT, IOConfig, LRTTConfig, LRTTDDPStrategy, convert_to_lrtt, devices
 from lightning_lrtt.nn import find_tiles
 from lightning_lrtt.strategies import segment_fit
 from lightning_lrtt.weights import Pretrained, plan
@@ -29,6 +30,8 @@ BATCH, ROWS = 24, 96
 SOFT = devices.SoftBounds(dw_min=0.002, w_max=1.0, w_min=-1.0)
 DIGITAL = LRTTConfig(rank=2, transfer_every=3)
 PULSED = LRTTConfig(rank=2, transfer_every=3, reinit_gain=1.0, fast_device=SOFT, visible_device=SOFT)
+NOISY = replace(DIGITAL, io=IOConfig(inp_noise=0.02, out_noise=0.1))
+NOISY_PULSED = replace(PULSED, io=IOConfig(inp_noise=0.02, out_noise=0.1))
 
 
 class Rows(Dataset[Any]):
@@ -230,6 +233,8 @@ def run(workers: int, job: Callable[..., Any], *args: Any, limit: float = 60.0, 
 
 def _worker(pipe: Any, rank: int, workers: int, port: int, job: Callable[..., Any], args: Any, kwargs: Any) -> None:
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # All workers are on this host; gloo would otherwise look up the host's name, which can take long without a network.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
         try:
@@ -378,3 +383,31 @@ def fit_and_look(workers: int) -> dict[str, Any]:
     fit(workers, epochs=1)
     files = [path.name for path in Path("/dev/shm").glob(f"lrtt-{os.getpid()}-*")]
     return {"teardown": sum(seconds), "threads": torch.get_num_threads(), "threads_before": before, "files": files}
+
+
+class WithTiles(Net):
+    """A module that brings its own tiles and optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convert_to_lrtt(self.net, NOISY)
+
+    def configure_optimizers(self) -> Any:
+        return LRTT(self.parameters(), lr=0.1)
+
+
+def plain_ddp(workers: int) -> list[tuple[int, int]]:
+    """A fit under Lightning's DDP with noisy reads; where each tile's samples are numbered from, and how many may be."""
+    model = WithTiles()
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=workers,
+        strategy="ddp",
+        max_epochs=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(model, DataLoader(Rows(model.shape), batch_size=BATCH))
+    return [(tile.first_sample, tile.most_samples) for tile in find_tiles(model).values()]

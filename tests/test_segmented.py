@@ -13,7 +13,7 @@ import pytest
 import segment_jobs as jobs
 import torch
 from helpers import clean_environment
-from segment_jobs import DIGITAL, PULSED, Failed, run
+from segment_jobs import DIGITAL, NOISY, NOISY_PULSED, PULSED, Failed, run
 
 from lightning_lrtt import build_info
 from lightning_lrtt.strategies.tree import owners
@@ -28,6 +28,7 @@ MODELS = {
 }
 STEPS = 2 * jobs.ROWS // jobs.BATCH
 _alone: dict[str, dict] = {}
+_one_gpu: list[str] = []
 
 
 def alone(name: str) -> dict:
@@ -75,6 +76,24 @@ def test_T1_one_digest_for_more_workers(workers):
 def test_T1_collectives_give_the_same_digest(workers):
     """The exchange is not part of the numbers."""
     check_same(workers, exchange="collectives")
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv"])
+def test_T1_noise_of_converters_follows_the_segment(name):
+    """Reads draw by (ticket, sample of the segment), whoever computes it: 1, 2 and 3 workers, digital and pulsed tiles."""
+    fits = [{"kind": name, "config": config, "epochs": 1} for config in (NOISY, NOISY_PULSED)]
+    one = run(1, jobs.several, fits)[0]
+    assert one[0]["digest"] != run(1, jobs.fit, kind=name, config=DIGITAL, epochs=1)[0]["digest"]
+    for workers in (2, 3):
+        for own in run(workers, jobs.several, fits):
+            assert [r["digest"] for r in own] == [r["digest"] for r in one]
+            assert [r["metrics"] for r in own] == [r["metrics"] for r in one]
+
+
+def test_plain_ddp_draws_other_noise_on_every_worker():
+    """Lightning's DDP with digital tiles and converters: the numbers of samples are shared out over workers."""
+    for rank, tiles in enumerate(run(2, jobs.plain_ddp)):
+        assert tiles == [(rank * 2**25, 2**25)] * 2
 
 
 def test_T1_144_segments():
@@ -152,6 +171,8 @@ def test_T5_thread_sanitizer(tmp_path):
         str(root / "segments_tsan.cpp"),
         str(core / "barrier.cpp"),
         str(core / "segments.cpp"),
+        str(core / "segment_lanes.cpp"),
+        "-DLRTT_ISA=base",
         "-o",
         str(program),
         "-pthread",
@@ -254,17 +275,24 @@ def test_T8_self_test_and_hashes_find_what_settings_do_not_show(trouble, message
         run(2, jobs.fit, trouble=trouble, limit=30)
 
 
+def on_gpus(workers: int) -> list[list[str]]:
+    """Digests of every model by rank: one group of processes trains all of them, as starting CUDA takes seconds."""
+    models = [{**model, "accelerator": "gpu"} for model in MODELS.values()]
+    return [[r["digest"] for r in own] for own in run(workers, jobs.several, models, limit=100)]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: GPU tests run on a machine that has one")
 @pytest.mark.skipif(not build_info()["with_cuda"], reason="this build has CPU kernels only")
-@pytest.mark.parametrize("model", MODELS)
-def test_T9_one_digest_on_gpus(model):
-    """NCCL on 1, 2, 4 GPUs, as far as there are."""
-    counts = [n for n in (1, 2, 4) if n <= torch.cuda.device_count()]
-    digests = {
-        n: {r["digest"] for r in run(n, jobs.fit, **MODELS[model], accelerator="gpu", limit=120)} for n in counts
-    }
-    assert len(set.union(*digests.values())) == 1, digests
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_T9_one_digest_on_gpus(workers):
+    """NCCL on 1 (a second run), 2 and 4 GPUs: the digests of one."""
+    if torch.cuda.device_count() < workers:
+        pytest.skip(f"{torch.cuda.device_count()} CUDA devices, {workers} wanted: run on a machine that has them")
+    if not _one_gpu:
+        _one_gpu.extend(on_gpus(1)[0])
+    for rank, own in enumerate(on_gpus(workers)):
+        assert dict(zip(MODELS, own, strict=True)) == dict(zip(MODELS, _one_gpu, strict=True)), f"worker {rank}"
 
 
 @pytest.mark.slow
@@ -286,3 +314,17 @@ def test_torchrun_restarts_and_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "killed").exists()
     assert (tmp_path / "digest").read_text() == alone("lrtt-pulsed")["digest"]
+
+
+@pytest.mark.slow
+def test_the_example_shows_one_digest():
+    """One command, 1, 2, 3 and 5 workers through Lightning's launcher and the command line."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, str(root / "examples" / "segmented" / "run.py"), "--epochs", "1"]
+    done = subprocess.run(
+        command, cwd=root, env=clean_environment(), capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["1", "2", "3", "5"]
+    assert len({line[2] for line in lines}) == 1

@@ -11,8 +11,10 @@ import torch
 from helpers import randn, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from segment_jobs import Net, Rows
+from lightning_lrtt.callbacks import CUDAGraph
+from segment_jobs import PULSED, Net, Rows
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
 from lightning_lrtt import _C, LRTTDDPStrategy, ResumableLoader
@@ -169,27 +171,56 @@ def test_wrong_programs_are_refused(program):
         SUM(out, slots, torch.ones(len(program), dtype=torch.float64), numbers(1), numbers(), program, False)
 
 
+PROGRAMS = {
+    "one worker": range(12),
+    "two nodes": range(2, 9),
+    "one segment": range(5, 6),
+    "many slots": range(7, 60),  # of 144: more than pass through a GPU's registers at once
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("own", PROGRAMS)
+def test_programs_equal_reference(own, offset, dtype):
+    """Quads, pairs and single slots pass in other ways; whole blocks, cut ones, vectors cut to single elements."""
+    own = PROGRAMS[own]
+    nodes, steps = maximal_nodes(12 if own.stop <= 12 else 144, own), len(own)
+    sizes = (4096, 4096 + 77, 300, 1)
+    slots = [randn(100 * p + s, n + offset).to(dtype)[offset:] for p, n in enumerate(sizes) for s in own]
+    results = []
+    for op in (SUM, reference_segments.segment_sum_):
+        out = [torch.full((n + offset,), 7.0, dtype=dtype)[offset:] for n in sizes for _ in nodes]
+        stats = torch.zeros(steps, 2, dtype=torch.float64)
+        op(out, slots, torch.ones(steps, dtype=torch.float64), numbers(0.25), stats, sum_program(nodes), False)
+        results.append([*out, stats])
+    for a, b in zip(*results, strict=True):
+        assert same_bits(a, b)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: GPU tests run on a machine that has one")
-@pytest.mark.parametrize("weights", [(1, 1, 1, 1), (1, 0.3, 0, 1)], ids=["ones", "weighted"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["ones", "weighted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_cuda_equals_cpu(dtype, weights):
-    """The same bits of sums, norms and flags."""
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "not aligned"])
+@pytest.mark.parametrize("own", PROGRAMS)
+def test_cuda_equals_cpu(own, offset, dtype, weighted):
+    """The same bits of sums, norms and flags: several parameters, whole and cut blocks, an absent slot, an infinity."""
+    own = PROGRAMS[own]
+    nodes, steps = maximal_nodes(12 if own.stop <= 12 else 144, own), len(own)
+    sizes = (3 * 4096, 50001, 70, 1)
+    weights = torch.ones(steps, dtype=torch.float64)
+    if weighted:
+        weights[0], weights[-1] = 0.3, 0.0 if steps > 1 else 0.5
     results = []
     for device in ("cpu", "cuda"):
-        out, slots, w, scale, stats, program, redo = call(
-            dtype, numbers(*weights), torch.zeros(4, 2, dtype=torch.float64), sizes=(50000, 70, 1)
-        )
+        slots = [randn(100 * p + s, n + offset).to(dtype).to(device)[offset:] for p, n in enumerate(sizes) for s in own]
         slots[0][5] = float("inf")
-        moved = (
-            [t.to(device) for t in out],
-            [t.to(device) for t in slots],
-            *(t.to(device) for t in (w, scale, stats)),
-            program,
-            redo,
-        )
-        SUM(*moved)
-        results.append([t.cpu() for t in (*moved[0], moved[4])])
+        slots[steps - 1] = torch.empty(0, dtype=dtype, device=device)
+        out = [torch.full((n + offset,), 7.0, dtype=dtype, device=device)[offset:] for n in sizes for _ in nodes]
+        stats = torch.zeros(steps, 2, dtype=torch.float64, device=device)
+        SUM(out, slots, weights.to(device), numbers(0.25).to(device), stats, sum_program(nodes), False)
+        results.append([t.cpu() for t in (*out, stats)])
     for a, b in zip(*results, strict=True):
         assert same_bits(a.nan_to_num(1e9), b.nan_to_num(1e9))
 
@@ -338,6 +369,15 @@ def test_arguments_are_checked(arguments, message):
         LRTTDDPStrategy(**arguments)
 
 
+QUIET = {
+    "max_epochs": 1,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
 class Manual(Net):
     """Manual optimisation."""
 
@@ -374,6 +414,55 @@ class LogsSometimes(Net):
         return super().training_step(batch, batch_idx)
 
 
+class Iterates(Net):
+    """Takes the iterator."""
+
+    def training_step(self, dataloader_iter):
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
+class Sparse(Net):
+    """An embedding with sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(4, 3, sparse=True)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.embedding(torch.tensor([1])).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class LogsMedian(Net):
+    """A reduction that segments do not have."""
+
+    def training_step(self, batch, batch_idx):
+        self.log("train/x", 1.0, reduce_fx=torch.median)
+        return super().training_step(batch, batch_idx)
+
+
+class Ragged(Net):
+    """Segments of one row and of two."""
+
+    def training_step(self, batch, batch_idx):
+        rows = 1 + self.calls % 2
+        return super().training_step([part[:rows] for part in batch], batch_idx)
+
+
+class Grows(Net):
+    """A buffer of another shape in every call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(0))
+
+    def training_step(self, batch, batch_idx):
+        self.seen = torch.cat([self.seen, torch.ones(1)])
+        return super().training_step(batch, batch_idx)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
@@ -383,24 +472,56 @@ class LogsSometimes(Net):
         (LogsMetric, {}, "metric mean must not be updated in training_step"),
         (NoLoss, {}, "training_step must return a loss for every segment, got NoneType"),
         (LogsSometimes, {}, "must log the same names in every segment, got train/0, train/1 in some only"),
+        (Iterates, {}, "training_step must be one that takes a batch, got dataloader_iter"),
+        (Sparse, {}, "the gradient of embedding.weight must be dense, got torch.sparse_coo; use sparse=False"),
+        (LogsMedian, {}, "reduce_fx of self.log..train/x.. must be mean, sum, min or max"),
+        (Ragged, {"config": PULSED}, "every segment must call each tile with the same shapes, got .* samples; pad"),
+        (Grows, {}, "buffer seen must keep shape and dtype in training_step"),
+        (
+            Net,
+            {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))},
+            "precision must be '32-true', '64-true' or 'bf16-mixed', got 16-mixed; a gradient scaler",
+        ),
     ],
-    ids=["accumulation", "manual", "sync_batchnorm", "metric", "no loss", "names"],
+    ids=[
+        "accumulation",
+        "manual",
+        "sync_batchnorm",
+        "metric",
+        "no loss",
+        "names",
+        "iterator",
+        "sparse",
+        "reduction",
+        "ragged",
+        "buffer",
+        "scaler",
+    ],
 )
 def test_set_ups_are_refused(model, options, message):
     """Before the first update, with the reason."""
+    config = options.get("config")
+    options = {name: value for name, value in options.items() if name != "config"}
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=1,
-        strategy=LRTTDDPStrategy(exclude=["*"]),
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        strategy=LRTTDDPStrategy(config=config, self_test=False, exclude=None if config else ["*"]),
+        **QUIET,
         **options,
     )
     with pytest.raises(MisconfigurationException, match=message):
         trainer.fit(model(), DataLoader(Rows((6,)), batch_size=24))
+
+
+def test_cuda_graph_is_refused():
+    """Workers meet within a step, on the CPU; a recorded step could not."""
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, strategy=LRTTDDPStrategy(exclude=["*"]), callbacks=[CUDAGraph()], **QUIET
+    )
+    with pytest.raises(
+        MisconfigurationException, match=r"whole steps on one device, got LRTTDDPStrategy.*callback out"
+    ):
+        trainer.fit(Net(), DataLoader(Rows((6,)), batch_size=24))
 
 
 def test_statistics_reach_tensorboard(tmp_path):

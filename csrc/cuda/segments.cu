@@ -1,98 +1,10 @@
-// Segment sums on the GPU. The slots travel through memory once: a block takes the norms of its elements, then adds
-// them along the tree while they are still in the caches.
-#include "common.cuh"
+// Segment sums on the GPU: the table of parameters, the launch, and the norms over all blocks.
+#include "segments.cuh"
 
 namespace lrtt::cuda {
 namespace {
 
-constexpr int kThreads = kSegmentLanes, kItems = kSegmentBlock / kSegmentLanes;
-constexpr int kLoads = 12;  // slots in flight for one element
-
-struct DeviceSegments {
-  SegmentJob job;  // slots and out point into scratch memory
-  int64_t first_block;
-};
-
-struct Call {
-  const DeviceSegments* table;
-  int count, steps;
-  const SegmentStep* program;
-  const double *weights, *scale;
-  double* square;  // [steps, blocks]; null: no norms wanted
-  int* bad;        // [steps, blocks]
-  int64_t blocks;
-  int redo;
-};
-
-template <class T>
-__device__ void norms(const Call& call, const SegmentJob& job, int64_t base, int64_t number) {
-  __shared__ double lane[kThreads];
-  for (int s = 0; s < call.steps; ++s) {
-    const T* slot = static_cast<const T*>(job.slots[s]);
-    double sum = 0.0;
-    bool bad = false;
-    if (slot != nullptr) {
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) {
-        const int64_t e = base + i * kThreads;
-        if (e >= job.size) break;
-        const T v = slot[e];
-        bad |= not_finite(v);
-        sum += double(v) * double(v);
-      }
-    }
-    lane[threadIdx.x] = sum;
-    const int any = __syncthreads_or(bad);
-    for (int half = kThreads / 2; half >= 32; half /= 2) {  // tree_sum, one thread a lane
-      if (int(threadIdx.x) < half) lane[threadIdx.x] += lane[threadIdx.x + half];
-      __syncthreads();
-    }
-    if (threadIdx.x < 32) {
-      const double total = warp_tree(lane[threadIdx.x]);
-      if (threadIdx.x == 0) {
-        call.square[int64_t(s) * call.blocks + number] = total;
-        call.bad[int64_t(s) * call.blocks + number] = any;
-      }
-    }
-    __syncthreads();
-  }
-}
-
-template <class T>
-__device__ void sums(const Call& call, const SegmentJob& job, int64_t base) {
-  const T scale = T(*call.scale);
-  for (int i = 0; i < kItems; ++i) {
-    const int64_t e = base + int64_t(i) * kThreads;
-    if (e >= job.size) return;
-    T stack[kSegmentDepth];
-    int depth = 0, node = 0;
-    for (int first = 0; first < call.steps; first += kLoads) {
-      T value[kLoads];
-#pragma unroll
-      for (int s = 0; s < kLoads; ++s) {
-        value[s] = T(0);
-        if (first + s < call.steps) {
-          const double weight = call.weights[first + s];
-          const T* slot = static_cast<const T*>(job.slots[first + s]);
-          if (slot != nullptr && weight != 0.0) value[s] = weight == 1.0 ? slot[e] : slot[e] * T(weight);
-        }
-      }
-#pragma unroll
-      for (int s = 0; s < kLoads; ++s) {
-        if (first + s < call.steps) {
-          const SegmentStep step = call.program[first + s];
-          stack[depth++] = value[s];
-          for (int a = 0; a < step.adds; ++a) {
-            --depth;
-            stack[depth - 1] = stack[depth - 1] + stack[depth];
-          }
-          if (step.emit) static_cast<T*>(job.out[node++])[e] = stack[--depth] * scale;
-        }
-      }
-    }
-  }
-}
-
+template <bool in_registers>
 __global__ void __launch_bounds__(kThreads) segment_blocks(const Call call) {
   if (call.redo) {
     bool other = false;
@@ -101,10 +13,12 @@ __global__ void __launch_bounds__(kThreads) segment_blocks(const Call call) {
   }
   const int64_t number = blockIdx.x;
   const DeviceSegments& p = find_job(call.table, call.count, number, &DeviceSegments::first_block);
-  const int64_t base = (number - p.first_block) * kSegmentBlock + threadIdx.x;
-  if (call.square != nullptr)
-    p.job.is_double ? norms<double>(call, p.job, base, number) : norms<float>(call, p.job, base, number);
-  p.job.is_double ? sums<double>(call, p.job, base) : sums<float>(call, p.job, base);
+  const int64_t base = (number - p.first_block) * kSegmentBlock + kFour * int64_t(threadIdx.x);
+  if (in_registers) {
+    call.square != nullptr ? one_pass<true>(call, p.job, base, number) : one_pass<false>(call, p.job, base, number);
+  } else {
+    p.job.is_double ? two_passes<double>(call, p.job, base, number) : two_passes<float>(call, p.job, base, number);
+  }
 }
 
 __global__ void __launch_bounds__(kSegmentFinalLanes) finish_norms(const Call call, double* stats) {
@@ -154,6 +68,22 @@ Layout lay_out(const SegmentCall& call, void* workspace) {
   return l;
 }
 
+bool fits_registers(const std::vector<SegmentStep>& program) {
+  int depth = 0, most = 0;
+  for (const SegmentStep& step : program) {
+    most = ++depth > most ? depth : most;
+    depth -= step.adds + step.emit;
+  }
+  return program.size() <= kLoads && most <= kDepth;
+}
+
+int aligned(const SegmentJob& job, size_t slots, size_t outs) {
+  uintptr_t bits = 0;
+  for (size_t i = 0; i < slots; ++i) bits |= reinterpret_cast<uintptr_t>(job.slots[i]);
+  for (size_t i = 0; i < outs; ++i) bits |= reinterpret_cast<uintptr_t>(job.out[i]);
+  return bits % 16 == 0;
+}
+
 }  // namespace
 
 size_t workspace_bytes(const SegmentCall& call) { return lay_out(call, nullptr).bytes; }
@@ -165,11 +95,13 @@ void segment_sum(const SegmentCall& call, void* workspace, Stream handle) {
   std::vector<DeviceSegments> table;
   std::vector<const void*> pointers;
   int64_t blocks = 0;
+  bool in_registers = fits_registers(call.program);
   for (const SegmentJob& job : call.jobs) {
+    in_registers &= !job.is_double;
     const void** at = l.pointers + pointers.size();
     pointers.insert(pointers.end(), job.slots, job.slots + steps);
     pointers.insert(pointers.end(), job.out, job.out + l.outs);
-    table.push_back({{at, (void* const*)(at + steps), job.size, job.is_double, 0}, blocks});
+    table.push_back({{at, (void* const*)(at + steps), job.size, job.is_double, aligned(job, steps, l.outs)}, blocks});
     blocks += blocks_of(job.size, kSegmentBlock);
   }
   if (blocks == 0) {
@@ -189,7 +121,8 @@ void segment_sum(const SegmentCall& call, void* workspace, Stream handle) {
                     l.bad,
                     blocks,
                     call.redo};
-  segment_blocks<<<unsigned(blocks), kThreads, 0, stream>>>(device);
+  const auto kernel = in_registers ? segment_blocks<true> : segment_blocks<false>;
+  kernel<<<unsigned(blocks), kThreads, 0, stream>>>(device);
   if (call.stats) finish_norms<<<unsigned(steps), kSegmentFinalLanes, 0, stream>>>(device, call.stats);
   check(cudaGetLastError(), "segment sum");
 }

@@ -11,6 +11,7 @@ from lightning_lrtt.io_config import IOConfig
 from lightning_lrtt.nn.function import _accumulates
 from lightning_lrtt.nn.latch import Operands
 from lightning_lrtt.ops import A, B, C
+from lightning_lrtt.ops.kernels import MAX_SAMPLES
 
 if TYPE_CHECKING:
     from lightning_lrtt.nn.tile import TileModule
@@ -31,6 +32,18 @@ def analog_read(tile: TileModule, x: Tensor) -> Tensor:
     return y
 
 
+def number_samples(tile: TileModule, part: int, parts: int) -> None:
+    """Let the samples of a worker or segment have numbers of their own in the converters' noise.
+
+    Args:
+        tile: The tile.
+        part: Which part of a batch it reads from now on.
+        parts: Of so many.
+    """
+    tile.most_samples = MAX_SAMPLES // parts
+    tile.first_sample = part * tile.most_samples
+
+
 class _Reader:
     """The converters of one pass through a tile, forward or backward; one ticket serves its three arrays.
 
@@ -47,7 +60,7 @@ class _Reader:
         self.io: IOConfig = config
         self.numbers = tile.io_numbers[backward]
         self.rounds = 0 if backward else config.bm_rounds
-        self.state, self.first_sample = tile.tile_state, tile.first_sample
+        self.state, self.first_sample, self.most_samples = tile.tile_state, tile.first_sample, tile.most_samples
         on_gpu = tile.tile_state.is_cuda
         self.dtype = (
             dtype if on_gpu and (config.is_perfect or 0 < config.levels <= _EXACT.get(dtype, 0)) else torch.float32
@@ -57,7 +70,16 @@ class _Reader:
     def operand(
         self, x: Tensor, array: int, first: int, round: int = 0, pending: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x ``[n, k]`` behind the input converter, and the samples' scales and noise ``[2, n]``."""
+        """x ``[n, k]`` behind the input converter, and the samples' scales and noise ``[2, n]``.
+
+        Raises:
+            ValueError: If this worker's or segment's samples are more than have numbers of their own.
+        """
+        if first + x.shape[0] > self.most_samples:
+            raise ValueError(
+                f"{type(self.io).__name__}: a tile must read at most {self.most_samples} samples at once, got "
+                f"{first + x.shape[0]}; use a smaller batch, or fewer segments"
+            )
         return torch.ops.lrtt.io_input(  # type: ignore[no-any-return]  # operators carry no types
             x, self.ticket, self.state, self.numbers, array, round, self.first_sample + first, pending, self.dtype
         )

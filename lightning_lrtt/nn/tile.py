@@ -18,6 +18,7 @@ from lightning_lrtt.nn.latch import Latch
 from lightning_lrtt.nn.link import TileLink
 from lightning_lrtt.nn.multiplication import Multiplication
 from lightning_lrtt.ops import COUNTS, CYCLE, KEY, STATE_SIZE, A, B, C
+from lightning_lrtt.ops.kernels import MAX_SAMPLES
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -102,7 +103,8 @@ class TileModule(Multiplication):
             self.register_buffer(_CELLS[array], held)  # None: nothing is stored
         reads = None if config.io is None else torch.zeros(2, dtype=torch.int64, device=device)
         self.register_buffer("tile_reads", reads)
-        self.first_sample = 0  # index of the first sample of a batch in the converters' noise
+        # Of the converters' noise: the number of a batch's first sample, and how many numbers a batch may take.
+        self.first_sample, self.most_samples = 0, MAX_SAMPLES
         self.io_numbers = (
             () if config.io is None else (config.io.pack(), (config.io_backward or config.io).pack(backward=True))
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_lrtt.ops import schema
-from lightning_lrtt.ops.kernels import _ELEMENT_TYPES, _MAX_SAMPLES, _contiguous, _run, _same_device, _state
+from lightning_lrtt.ops.kernels import _ELEMENT_TYPES, MAX_SAMPLES, _contiguous, _run, _same_device, _state
 
 _MAX_ROUND = 30  # the scale is multiplied by 2^round
 
@@ -22,9 +22,9 @@ def _where(op: str, rows: int, array: int, round: int, first_sample: int) -> Non
         raise ValueError(f"lrtt::{op}: array must be 0 (A), 1 (B) or 2 (C), got {array}")
     if not 0 <= round <= _MAX_ROUND:
         raise ValueError(f"lrtt::{op}: round must be between 0 and {_MAX_ROUND}, got {round}")
-    if first_sample < 0 or first_sample + rows > _MAX_SAMPLES:
+    if first_sample < 0 or first_sample + rows > MAX_SAMPLES:
         raise ValueError(
-            f"lrtt::{op}: first_sample must be at least 0 and a read at most {_MAX_SAMPLES} samples, got "
+            f"lrtt::{op}: first_sample must be at least 0 and a read at most {MAX_SAMPLES} samples, got "
             f"first_sample {first_sample} and {rows} samples"
         )
 

@@ -13,7 +13,7 @@ from lightning_lrtt._compiled import build_info
 from lightning_lrtt.ops import schema
 
 _ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # ElementType of csrc/jobs.h
-_MAX_SAMPLES = 2**26  # the random counter holds 26 bits of sample index (csrc/math.h)
+MAX_SAMPLES = 2**26  # the random counter holds 26 bits of sample index (csrc/math.h)
 
 
 def _contiguous(op: str, name: str, tensor: Tensor, *dtypes: torch.dtype, size: int | None = None) -> int:
@@ -144,10 +144,10 @@ def pulsed_update_(
                 f"lrtt::{op}: x must be [N, {columns}] and d [N, {rows}] for w {list(w_.shape)}, got x "
                 f"{list(x_.shape)}, d {list(d_.shape)}"
             )
-        if first < 0 or first % schema.BLOCK_SAMPLES or first + x_.shape[0] > _MAX_SAMPLES:
+        if first < 0 or first % schema.BLOCK_SAMPLES or first + x_.shape[0] > MAX_SAMPLES:
             raise ValueError(
                 f"lrtt::{op}: first_sample must be a multiple of {schema.BLOCK_SAMPLES} and a step at most "
-                f"{_MAX_SAMPLES} samples, got first_sample {first} and {x_.shape[0]} samples"
+                f"{MAX_SAMPLES} samples, got first_sample {first} and {x_.shape[0]} samples"
             )
         x_, d_ = _operand(x_), _operand(d_)
         keep += [x_, d_]
@@ -393,26 +393,26 @@ def segment_sum_(
         return
     _same_device(op, out[0], weights=weights, scale=scale, stats=stats)
     jobs = []
+    index = out[0].get_device()  # -1: the CPU
     for p in range(len(out) // nodes):
         first = out[p * nodes]
-        size, dtype, device = first.numel(), first.dtype, first.device
-        for tensor in out[p * nodes : (p + 1) * nodes]:
-            _contiguous(op, "out", tensor, dtype, size=size)
-        own = slots[p * steps : (p + 1) * steps]
-        for tensor in own:
-            if tensor.numel():
-                _contiguous(op, "slots", tensor, dtype, size=size)
-                if tensor.device != device:
-                    _same_device(op, first, slots=tensor)
+        size, dtype = first.numel(), first.dtype
         _contiguous(op, "out", first, torch.float32, torch.float64)
-        jobs.append(
-            (
-                [t.data_ptr() if t.numel() else 0 for t in own],
-                [t.data_ptr() for t in out[p * nodes : (p + 1) * nodes]],
-                size,
-                dtype == torch.float64,
-            )
-        )
+        pointers: tuple[list[int], list[int]] = ([], [])
+        for tensors, to in (
+            (slots[p * steps : (p + 1) * steps], pointers[0]),
+            (out[p * nodes : (p + 1) * nodes], pointers[1]),
+        ):
+            for t in tensors:  # hundreds a step: one look each at what is right
+                if t.numel() == size and t.dtype is dtype and t.is_contiguous() and t.get_device() == index:
+                    to.append(t.data_ptr())
+                elif t.numel() or to is pointers[1]:
+                    name = "slots" if to is pointers[0] else "out"
+                    _same_device(op, out[0], **{name: t})
+                    to.append(_contiguous(op, name, t, dtype, size=size))
+                else:
+                    to.append(0)
+        jobs.append((*pointers, size, dtype == torch.float64))
     arguments = (
         jobs,
         [(step >> 1, step & 1) for step in program],
@@ -424,7 +424,9 @@ def segment_sum_(
     owner = out[0]
     if owner.is_cuda:
         _require_cuda(owner)
-    bytes_ = getattr(_C, f"segment_sum_{'cuda' if owner.is_cuda else 'cpu'}_bytes")(*arguments)
+    bytes_ = 0
+    if owner.is_cuda or stats.numel():
+        bytes_ = getattr(_C, f"segment_sum_{'cuda' if owner.is_cuda else 'cpu'}_bytes")(*arguments)
     scratch = torch.empty(bytes_, dtype=torch.uint8, device=owner.device)
     _run(owner, "segment_sum", *arguments, scratch.data_ptr())
 

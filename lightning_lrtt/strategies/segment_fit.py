@@ -41,6 +41,7 @@ class SegmentFit:
 
     Attributes:
         test_hash: What the self-test's segment hashed to; None before the first step.
+        last_bytes_sent: What this worker gave to others in the last step.
 
     Raises:
         MisconfigurationException: If the workers' settings, code or builds differ.
@@ -69,8 +70,9 @@ class SegmentFit:
         restore_rng(state, torch.device("cpu"))
         self.exchange = _exchange(strategy)
         self.reducer = Reducer(self.exchange, strategy.nonfinite, strategy.segment_clip)
-        self.runner = Runner(self.module, self._forward, self._backward, device)
+        self.runner = Runner(self.module, self._forward, self._backward, device, strategy.segments)
         self.test_hash: int | None = None
+        self.last_bytes_sent = 0
         self._reduced: Reduced | None = None
 
     # -------------------------------------------------------------- a step
@@ -90,13 +92,14 @@ class SegmentFit:
                 self._self_test(batch, rest, kwargs, step)
                 order.reverse()  # segment 0 alone before, now after others
             for j in order:
-                results[j] = self.runner.run(self._seed(step, own[j]), (pick(batch, j), *rest), kwargs)
+                results[j] = self.runner.run(own[j], self._seed(step, own[j]), (pick(batch, j), *rest), kwargs)
             if test and own.start == 0 and _hash(results[0]) != self.test_hash:
                 raise ReplicaError(
                     "LRTTDDPStrategy: a segment must give the same bits alone and after others, got others in segment 0; "
                     "training_step keeps something from one call to the next (an attribute, a cache, a lazily made tensor). "
                     "Keep it in a buffer, or set self_test=False if it does not matter"
                 )
+        self.runner.finish()
         self.runner.buffers.compared()
         reduced = self.reducer.reduce([results[j] for j in range(len(own))], self.runner, step)
         self._reduced = reduced
@@ -167,7 +170,7 @@ class SegmentFit:
                     f"LRTTDDPStrategy: batches must be picklable for the self-test, but {error}; set self_test=False"
                 ) from error
             segment = move_data_to_device(box[0], device)
-        result = self.runner.run(self._seed(step, 0), (segment, *rest), kwargs)
+        result = self.runner.run(0, self._seed(step, 0), (segment, *rest), kwargs)
         self.test_hash = _hash(result)
         hashes = [words[0] for words in self.exchange.meet([self.test_hash])]
         compare_hashes("the self-test's segment", hashes, step)
@@ -177,9 +180,9 @@ class SegmentFit:
     def _log_statistics(self, reduced: Reduced) -> None:
         trainer = self.trainer
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+        self.last_bytes_sent, self.exchange.bytes_sent = self.exchange.bytes_sent, 0
         due = every and (trainer.fit_loop.epoch_loop._batches_that_stepped + 1) % every == 0
         if not due or trainer.barebones:
-            self.exchange.bytes_sent = 0
             return
         norms = reduced.rows[:, SQUARE].sqrt()
         values = {
@@ -187,14 +190,13 @@ class SegmentFit:
             "norm_max": norms.max(),
             "norm_min": norms.min(),
             "nonfinite": reduced.rows[:, BAD].sum(),
-            "bytes_sent": float(self.exchange.bytes_sent),
+            "bytes_sent": float(self.last_bytes_sent),
             "gradient_bytes": float(self.reducer.gradient_bytes),
             "operand_bytes": float(self.reducer.operand_bytes),
         }
         for name, value in values.items():
             number: Any = value.float() if isinstance(value, Tensor) else value
             self.module.log(f"segment/{name}", number, on_step=True, on_epoch=False, batch_size=1)
-        self.exchange.bytes_sent = 0
 
     def announce(self) -> None:
         """Say once who computes what."""

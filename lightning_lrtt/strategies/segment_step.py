@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
 from lightning_lrtt.nn import TileModule, find_tiles
+from lightning_lrtt.nn.analog import number_samples
 from lightning_lrtt.nn.latch import Operands
 from lightning_lrtt.strategies.segment_layout import Contents
 from lightning_lrtt.strategies.segment_rng import seed_all
@@ -167,6 +168,7 @@ class Runner:
         forward: ``training_step`` in the precision's context.
         backward: Backward of a loss, without Lightning's hooks.
         device: Whose generators are seeded.
+        segments: Of a batch.
     """
 
     def __init__(
@@ -175,8 +177,10 @@ class Runner:
         forward: Callable[..., Any],
         backward: Callable[[Tensor], None],
         device: torch.device,
+        segments: int,
     ) -> None:
         self.module, self.forward, self.backward, self.device = module, forward, backward, device
+        self.segments = segments
         self.recorder = Recorder()
         self.buffers = Buffers(module)
         self.tiles = [
@@ -184,6 +188,8 @@ class Runner:
             for tile in find_tiles(module).values()
             if tile.config.is_pulsed or tile.config.transfer_unit == "samples"
         ]
+        self.readers = [tile for tile in find_tiles(module).values() if tile.tile_reads is not None]
+        self._reads: list[Tensor] = []  # theirs, as the step found them
         self.metrics = {name: m for name, m in module.named_modules() if isinstance(m, Metric)}
         self.parameters: list[tuple[str, nn.Parameter]] = []
 
@@ -192,9 +198,17 @@ class Runner:
         self.parameters = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
         self._clear()
         self.buffers.snapshot()
+        self._reads = [tile.tile_reads.clone() for tile in self.readers if tile.tile_reads is not None]
 
-    def run(self, seed: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
+    def finish(self) -> None:
+        """After the segments of a step: validation, which every worker runs whole, numbers its samples from 0."""
+        for tile in self.readers:
+            number_samples(tile, 0, 1)
+
+    def run(self, segment: int, seed: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
         """Forward and backward of one segment.
+
+        Converters draw noise by (step's read, sample), so every segment takes the same tickets and other samples.
 
         Raises:
             MisconfigurationException: If the loss or what was logged cannot be reduced.
@@ -202,6 +216,10 @@ class Runner:
         self.recorder.clear()
         updates = {name: metric._update_count for name, metric in self.metrics.items()}
         seed_all(seed, self.device)
+        for tile, reads in zip(self.readers, self._reads, strict=True):
+            number_samples(tile, segment, self.segments)
+            assert tile.tile_reads is not None
+            tile.tile_reads.copy_(reads)
         self.module.log = self.recorder  # type: ignore[method-assign]  # put back after the step
         try:
             output = self.forward(*args, **kwargs)
