@@ -80,7 +80,7 @@ def write_layouts(trainer: pl.Trainer, owner: Any) -> None:
 
     TensorBoard reads one layout a run.
     """
-    owners = [callback for callback in trainer.callbacks if hasattr(callback, "custom_scalars")]  # type: ignore[attr-defined]
+    owners = [callback for callback in trainer.callbacks if hasattr(callback, "custom_scalars")]  # type: ignore[attr-defined]  # set by a connector
     if not owners or owners[0] is not owner:
         return
     layout: Layout = {}

@@ -31,7 +31,7 @@ def writers(trainer: pl.Trainer) -> list[SummaryWriter]:
 
 def add_summary(writer: SummaryWriter, summary: Summary, step: int | None = None) -> None:
     """Write a finished summary; a writer that was closed opens a new file."""
-    writer._get_file_writer().add_summary(summary, step)  # type: ignore[no-untyped-call]
+    writer._get_file_writer().add_summary(summary, step)
 
 
 def log_row(trainer: pl.Trainer, metrics: Mapping[str, float], step: int) -> None:
@@ -41,9 +41,9 @@ def log_row(trainer: pl.Trainer, metrics: Mapping[str, float], step: int) -> Non
     summary = None
     for logger in trainer.loggers:
         plain = type(logger) is TensorBoardLogger and not logger._prefix and "log_metrics" not in vars(logger)
-        if not (plain and isinstance(logger.experiment, SummaryWriter)):
-            logger.log_metrics(metrics, step=step)
+        if not (plain and isinstance(writer := getattr(logger, "experiment", None), SummaryWriter)):
+            logger.log_metrics(dict(metrics), step=step)
             continue
         if summary is None:
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()])
-        add_summary(logger.experiment, summary, step)
+        add_summary(writer, summary, step)

@@ -18,7 +18,7 @@ from lightning_lrtt.config import LRTTConfig, PulseConfig
 from lightning_lrtt.devices import Device, Ideal
 from lightning_lrtt.nn import TileModule
 from lightning_lrtt.ops import A, B
-from lightning_lrtt.optim import _factor_jobs
+from lightning_lrtt.tile_step import factor_jobs
 
 _FAR = 2.0**24  # float32 counts exactly up to here
 
@@ -60,7 +60,7 @@ def factor_pulses(optimizer: LRTT, tile: TileModule, group: int) -> dict[str, Te
         ).pack(tile.tile_shape[1])
         for array, name in ((A, "A"), (B, "B")):
             w = torch.zeros_like(found[name])
-            for _, x, d, rate, state, counts, _, number, start, _ in _factor_jobs(tile, array, eta[array]):
+            for _, x, d, rate, state, counts, _, number, start, _ in factor_jobs(tile, array, eta[array]):
                 torch.ops.lrtt.pulsed_update_(
                     [w], [x], [d], [rate], [state], [counts.clone()], [hyper], [number], [start], []
                 )

@@ -79,7 +79,7 @@ class RunProfile(Callback):
         if trainer.fit_loop._should_accumulate():
             return
         self._steps += 1
-        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         done = trainer.fit_loop.epoch_loop._batches_that_stepped
         if every and (done + 1) % every == 0:
             # `_spent` counts from the end of one batch to the end of the next, so the waiting is in it.
@@ -93,7 +93,7 @@ class RunProfile(Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        profiler = trainer.profiler  # type: ignore[attr-defined]
+        profiler = trainer.profiler  # type: ignore[attr-defined]  # set by a connector
         if stage != "fit" or not isinstance(profiler, PyTorchProfiler) or not trainer.is_global_zero:
             return
         folder = profiler.dirpath or trainer.log_dir

@@ -61,7 +61,7 @@ class TileCheck(Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.trace and stage == "fit":
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
                 if isinstance(callback, TileMonitor):
                     callback.trace = True
 
@@ -116,7 +116,7 @@ class TileCheck(Callback):
         if not tile.training or not bool(x.isfinite().all()):
             return
         with torch.autocast(x.device.type, enabled=False):
-            plain = tile.to_digital().double()
+            plain: Any = tile.to_digital().double()
             exact = plain(x.double())
             a, b = tile.factors()
             sizes = (tile.matrix.abs() + abs(tile.config.alpha) * a.abs() @ b.abs()).view(tile.weight.shape).double()

@@ -280,7 +280,8 @@ class TileMonitor(Callback):
         self._ring.drain()
         # The rule of Lightning's logger connector. With accumulation every micro-batch of the step is watched.
         done = now(trainer)
-        every, gradient = self.every_n_steps or trainer.log_every_n_steps, self.gradient_every_n_steps  # type: ignore[attr-defined]
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
+        gradient = self.gradient_every_n_steps
         self._clock.count(batch)
         if self.wants_eager_step() and trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches == 0:
             self._disarm()  # a step that was broken off

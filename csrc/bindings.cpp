@@ -311,8 +311,8 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release unlocked;
     cuda::segment_sum(s.call, scratch(workspace), scratch(stream));
   });
-  m.def("add_product_cuda", [=](uintptr_t g, uintptr_t z, uintptr_t b, uintptr_t out, int64_t n, int k, int r, float alpha,
-                                bool bfloat, uintptr_t stream) {
+  m.def("add_product_cuda", [=](uintptr_t g, uintptr_t z, uintptr_t b, uintptr_t out, int64_t n, int k, int r,
+                                float alpha, bool bfloat, uintptr_t stream) {
     cuda::add_product({scratch(g), scratch(z), scratch(b), reinterpret_cast<float*>(out), n, k, r, alpha, bfloat},
                       scratch(stream));
   });

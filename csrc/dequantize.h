@@ -195,41 +195,18 @@ struct MXFP4 {
 template <class F>
 inline __attribute__((always_inline)) bool with_type(int type, F&& f) {
   switch (type) {
-    case kQ4_0:
-      f(Q4_0{});
-      return true;
-    case kQ4_1:
-      f(Q4_1{});
-      return true;
-    case kQ5_0:
-      f(Q5_0{});
-      return true;
-    case kQ5_1:
-      f(Q5_1{});
-      return true;
-    case kQ8_0:
-      f(Q8_0{});
-      return true;
-    case kQ2_K:
-      f(Q2_K{});
-      return true;
-    case kQ3_K:
-      f(Q3_K{});
-      return true;
-    case kQ4_K:
-      f(Q4_K{});
-      return true;
-    case kQ5_K:
-      f(Q5_K{});
-      return true;
-    case kQ6_K:
-      f(Q6_K{});
-      return true;
-    case kMXFP4:
-      f(MXFP4{});
-      return true;
-    default:
-      return false;
+    case kQ4_0: f(Q4_0{}); return true;
+    case kQ4_1: f(Q4_1{}); return true;
+    case kQ5_0: f(Q5_0{}); return true;
+    case kQ5_1: f(Q5_1{}); return true;
+    case kQ8_0: f(Q8_0{}); return true;
+    case kQ2_K: f(Q2_K{}); return true;
+    case kQ3_K: f(Q3_K{}); return true;
+    case kQ4_K: f(Q4_K{}); return true;
+    case kQ5_K: f(Q5_K{}); return true;
+    case kQ6_K: f(Q6_K{}); return true;
+    case kMXFP4: f(MXFP4{}); return true;
+    default: return false;
   }
 }
 

@@ -255,32 +255,15 @@ struct PiecewiseStep {
 template <class F>
 LRTT_HD void with_device(int kind, F&& f) {
   switch (kind) {
-    case kConstantStep:
-      f(ConstantStep{});
-      break;
-    case kLinearStep:
-      f(LinearStep{});
-      break;
-    case kSoftBounds:
-      f(SoftBounds{});
-      break;
-    case kSoftBoundsReference:
-      f(SoftBoundsReference{});
-      break;
-    case kExpStep:
-      f(ExpStep{});
-      break;
-    case kPowStep:
-      f(PowStep{});
-      break;
-    case kPowStepReference:
-      f(PowStepReference{});
-      break;
-    case kPiecewiseStep:
-      f(PiecewiseStep{});
-      break;
-    default:
-      break;
+    case kConstantStep: f(ConstantStep{}); break;
+    case kLinearStep: f(LinearStep{}); break;
+    case kSoftBounds: f(SoftBounds{}); break;
+    case kSoftBoundsReference: f(SoftBoundsReference{}); break;
+    case kExpStep: f(ExpStep{}); break;
+    case kPowStep: f(PowStep{}); break;
+    case kPowStepReference: f(PowStepReference{}); break;
+    case kPiecewiseStep: f(PiecewiseStep{}); break;
+    default: break;
   }
 }
 

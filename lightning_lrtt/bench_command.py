@@ -99,7 +99,7 @@ def _step(
 
     def step() -> None:
         optimizer.zero_grad()
-        nn.functional.mse_loss(module(x), target).backward()  # type: ignore[no-untyped-call]
+        nn.functional.mse_loss(module(x), target).backward()
         optimizer.step()
 
     return step

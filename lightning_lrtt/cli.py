@@ -126,7 +126,7 @@ class LRTTCLI(LightningCLI):
             defaults.add_class_arguments(LRTTStrategy, "strategy")
             arguments = defaults.get_defaults().strategy
             arguments.include = []
-            trainer.strategy = jsonargparse.Namespace(  # type: ignore[no-untyped-call]
+            trainer.strategy = jsonargparse.Namespace(  # type: ignore[no-untyped-call]  # not annotated
                 class_path="lightning_lrtt.LRTTStrategy", init_args=arguments
             )
             log.info(
@@ -171,7 +171,7 @@ def read_config(files: Sequence[str]) -> Mapping[str, Any]:
         SystemExit: If they are no configuration, after a line that says why.
     """
     given = [word for file in files for word in ("--config", file)]
-    return _Reader(args=["fit", *given]).config.fit.as_dict()  # type: ignore[no-any-return]
+    return _Reader(args=["fit", *given]).config.fit.as_dict()  # type: ignore[no-any-return]  # not annotated
 
 
 def build_parser() -> jsonargparse.ArgumentParser:

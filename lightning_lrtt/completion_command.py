@@ -55,7 +55,7 @@ def _copy(source: argparse.ArgumentParser, target: argparse.ArgumentParser, file
             continue
         copied = target.add_argument(*words, choices=_names(words, action))
         if file is not None and set(words) & set(_FILES):
-            copied.complete = file  # type: ignore[attr-defined]
+            copied.complete = file  # type: ignore[attr-defined]  # what shtab reads
 
 
 def _names(words: Sequence[str], action: argparse.Action) -> list[str] | None:
@@ -98,7 +98,7 @@ def main(args: Sequence[str], build: Callable[[], argparse.ArgumentParser]) -> N
     add_arguments(parser)
     given = parser.parse_args(args)
     try:
-        import shtab  # type: ignore[import-not-found,unused-ignore]
+        import shtab  # type: ignore[import-not-found,unused-ignore]  # optional
     except ImportError:
         parser.exit(1, "lrtt completion: shtab must be installed, but it is not; pip install shtab\n")
     sys.stdout.write(shtab.complete(mirror(build(), shtab.FILE), shell=given.shell))

@@ -18,7 +18,6 @@ from lightning_lrtt import _check, tile_step
 from lightning_lrtt.nn.analog import number_samples
 from lightning_lrtt.nn.tile import TileLink, TileModule
 from lightning_lrtt.ops import COUNTS, STEP
-from lightning_lrtt.tile_step import factor_jobs as _factor_jobs  # noqa: F401  where callbacks have looked for it
 
 __all__ = ["LRTT", "NonFiniteError"]
 

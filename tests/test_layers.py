@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"devices", "io_config"},
     {"config"},
     {"presets"},
-    {"device_plots", "nn"},
+    {"costs", "device_plots", "nn"},
     {"export", "free_nudged", "graphs", "tile_step", "weights"},
     {"optim"},
     {"strategies"},

@@ -196,15 +196,9 @@ LRTT_HD void step_lanes(const DeviceParams& p, const CellLanes (&c)[planes], con
 void generate(const Operand& v, int64_t elements, int64_t e0, bool is_x, const PulseParams& pulse,
               const BlockPlan& plan, uint64_t key, uint32_t step, uint32_t array, const Stream& out) {
   switch (form_of(pulse)) {
-    case kShortBits:
-      generate_bits<false>(v, elements, e0, is_x, pulse, plan, key, step, array, out);
-      break;
-    case kAnyBits:
-      generate_bits<true>(v, elements, e0, is_x, pulse, plan, key, step, array, out);
-      break;
-    default:
-      generate_values(v, elements, e0, is_x, pulse, plan, key, step, array, out);
-      break;
+    case kShortBits: generate_bits<false>(v, elements, e0, is_x, pulse, plan, key, step, array, out); break;
+    case kAnyBits: generate_bits<true>(v, elements, e0, is_x, pulse, plan, key, step, array, out); break;
+    default: generate_values(v, elements, e0, is_x, pulse, plan, key, step, array, out); break;
   }
 }
 
@@ -304,14 +298,9 @@ int64_t pulses(const PulseJob& job, const BlockPlan& plan, int64_t lane0, int64_
   int64_t count = 0;
   with_device(int(job.device.kind), [&](auto device) __attribute__((always_inline)) {
     switch (hold(job.device)) {
-      case kNoisy:
-        count = run<decltype(device), kNoisy>(job, plan, lane0, other, x, d, lost);
-        break;
-      case kPair:
-        count = run<decltype(device), kPair>(job, plan, lane0, other, x, d, lost);
-        break;
-      default:
-        count = run<decltype(device), kPlain>(job, plan, lane0, other, x, d, lost);
+      case kNoisy: count = run<decltype(device), kNoisy>(job, plan, lane0, other, x, d, lost); break;
+      case kPair: count = run<decltype(device), kPair>(job, plan, lane0, other, x, d, lost); break;
+      default: count = run<decltype(device), kPlain>(job, plan, lane0, other, x, d, lost);
     }
   });
   return count;

@@ -174,8 +174,7 @@ void launch_counted_cells(const DevicePulse* table, int count, int how, int64_t 
     case kPair:
       apply_counts<kPair><<<grid, kCellThreads, 0, stream>>>(table, count, blocks, round, levels, predicate);
       break;
-    default:
-      apply_counts<kPlain><<<grid, kCellThreads, 0, stream>>>(table, count, blocks, round, levels, predicate);
+    default: apply_counts<kPlain><<<grid, kCellThreads, 0, stream>>>(table, count, blocks, round, levels, predicate);
   }
 }
 

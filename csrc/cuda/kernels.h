@@ -33,8 +33,8 @@ void read_input(const InputJob& job, Stream stream);
 void read_output(const OutputJob& job, Stream stream);
 void read_product(const ProductJob& job, Stream stream);
 
-// out[n, k] = g[n, k] + alpha z[n, r] b[r, k]: half-precision operands (bfloat16 or float16), contiguous and aligned to 16
-// bytes, k a multiple of 4, r at most 32; out is float32.
+// out[n, k] = g[n, k] + alpha z[n, r] b[r, k]: half-precision operands (bfloat16 or float16), contiguous and aligned to
+// 16 bytes, k a multiple of 4, r at most 32; out is float32.
 struct SumJob {
   const void *g, *z, *b;
   float* out;

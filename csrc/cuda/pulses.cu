@@ -290,15 +290,11 @@ __device__ __forceinline__ void make_words(const DevicePulse& p, uint32_t task, 
   uint32_t* bits = (is_x ? p.x_bits : p.d_bits) + int64_t(row) * elements;
   uint32_t* neg = (is_x ? p.x_neg : p.d_neg) + int64_t(row) * elements;
   switch (access(v, elements, samples.rows)) {
-    case kVectorFloat:
-      make_word<kVectorFloat, any>(v, elements, samples, side, word, first, chunk, bits, neg);
-      break;
+    case kVectorFloat: make_word<kVectorFloat, any>(v, elements, samples, side, word, first, chunk, bits, neg); break;
     case kVectorBFloat16:
       make_word<kVectorBFloat16, any>(v, elements, samples, side, word, first, chunk, bits, neg);
       break;
-    case kScattered:
-      make_word<kScattered, any>(v, elements, samples, side, word, first, chunk, bits, neg);
-      break;
+    case kScattered: make_word<kScattered, any>(v, elements, samples, side, word, first, chunk, bits, neg); break;
   }
 }
 
@@ -666,8 +662,7 @@ void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table
           make_streams<true>
               <<<word_grid, kWordThreads, 0, stream>>>(table + set.first, set.count, round, from(set.first));
           break;
-        default:
-          launch_values(table + set.first, set.count, word_grid, round, from(set.first), stream);
+        default: launch_values(table + set.first, set.count, word_grid, round, from(set.first), stream);
       }
       for (int first = set.first, last = first; first < set.first + set.count; first = last) {
         while (last < set.first + set.count && same_kernel(jobs[size_t(first)].job, jobs[size_t(last)].job)) ++last;
@@ -690,14 +685,9 @@ void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table
           };
           const auto launch_held = [&](auto loses) {
             switch (hold(end.job.device)) {
-              case kNoisy:
-                launch(loses, std::integral_constant<int, kNoisy>{});
-                break;
-              case kPair:
-                launch(loses, std::integral_constant<int, kPair>{});
-                break;
-              default:
-                launch(loses, std::integral_constant<int, kPlain>{});
+              case kNoisy: launch(loses, std::integral_constant<int, kNoisy>{}); break;
+              case kPair: launch(loses, std::integral_constant<int, kPair>{}); break;
+              default: launch(loses, std::integral_constant<int, kPlain>{});
             }
           };
           if (end.job.array == kC) {  // only C's loss is counted

@@ -80,7 +80,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
     """A scalar ``sum_i <g_i, p_i>`` whose gradients are the given ones."""
-    return _Linear.apply(*parameters, *gradients)  # type: ignore[no-any-return, no-untyped-call]
+    return _Linear.apply(*parameters, *gradients)  # type: ignore[no-any-return, no-untyped-call]  # autograd's apply is not annotated
 
 
 def couple(layer: nn.Module, x: Tensor, d: Tensor) -> Tensor:

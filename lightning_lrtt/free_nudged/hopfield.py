@@ -318,7 +318,7 @@ class HopfieldMLP(System):
             if isinstance(layer, TileModule):
                 terms.append(couplings.couple(layer, rows, cotangents))
             else:
-                parameters.append(layer.weight)  # type: ignore[arg-type]
+                parameters.append(layer.weight)  # type: ignore[arg-type]  # every layer here has a weight
                 gradients.append(cotangents.t() @ rows)
             bias = couplings.bias_of(layer, True)
             if bias is not None:

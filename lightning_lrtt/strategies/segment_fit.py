@@ -275,12 +275,13 @@ def left_out_of_broadcasts(module: pl.LightningModule, tensors: Iterable[Tensor]
     """Let torch's broadcast of module states leave out what every worker has read for itself."""
     read = {id(tensor) for tensor in tensors}
     named = (*module.named_parameters(), *module.named_buffers())
+    target: Any = module  # the attribute is torch's
     before = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
-    module._ddp_params_and_buffers_to_ignore = [*before, *(name for name, tensor in named if id(tensor) in read)]
+    target._ddp_params_and_buffers_to_ignore = [*before, *(name for name, tensor in named if id(tensor) in read)]
     try:
         yield
     finally:
-        module._ddp_params_and_buffers_to_ignore = before
+        target._ddp_params_and_buffers_to_ignore = before
 
 
 def keep_metrics_local(module: pl.LightningModule) -> list[Callable[[], None]]:
