@@ -199,6 +199,9 @@ def device(name: str) -> Device:
 def name_of(device: Device) -> str | None:
     """The preset that ``device`` equals; None if there is none.
 
+    Args:
+        device: Any device model; all its numbers are compared.
+
     Example:
         >>> name_of(DEVICES["ecram"])
         'ecram'

@@ -32,7 +32,6 @@ LIMITS = {
     "tests": 700,
 }
 LONGER = {
-    "csrc/cuda/pulses.cu": 584,
     "csrc/devices.h": 477,
     "lightning_lrtt/ops/kernels.py": 475,
 }

@@ -73,11 +73,24 @@ struct Predicate {
 void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table, const std::vector<PulseSet>& sets,
                   const float* levels, Predicate predicate, cudaStream_t stream);
 
+// Blocks of the kernel that makes the streams of a round, and that kernel; `form` is that of all jobs.
+int64_t word_blocks(const DevicePulse& p);
+void launch_streams(const DevicePulse* table, int count, int form, unsigned grid, int round, Predicate predicate,
+                    cudaStream_t stream);
+
 // Counted trains in a round: the values of `count` jobs, and the pulses of `count` jobs that one Hold has.
 void launch_values(const DevicePulse* table, int count, unsigned grid, int round, Predicate predicate,
                    cudaStream_t stream);
 void launch_counted_cells(const DevicePulse* table, int count, int how, int64_t blocks, unsigned grid, int round,
                           const float* levels, Predicate predicate, cudaStream_t stream);
+
+// An integer operation on a GPU goes through a pipe of half the width of that of multiplications, and these kernels are
+// made of integer operations: what can be a multiplication is written as one, in PTX where the compiler would turn it
+// back.
+__device__ __forceinline__ uint32_t plus(uint32_t a, uint32_t b) {
+  asm("mad.lo.u32 %0, %0, 1, %1;" : "+r"(a) : "r"(b));
+  return a;
+}
 
 __host__ __device__ __forceinline__ int64_t groups_of(int64_t elements) { return (elements + 3) / 4; }
 

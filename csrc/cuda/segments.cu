@@ -4,7 +4,8 @@
 namespace lrtt::cuda {
 namespace {
 
-template <bool in_registers>
+// A kernel without norms needs half the registers, so twice as many loads are under way.
+template <bool in_registers, bool norms>
 __global__ void __launch_bounds__(kThreads) segment_blocks(const Call call) {
   if (call.redo) {
     bool other = false;
@@ -15,7 +16,7 @@ __global__ void __launch_bounds__(kThreads) segment_blocks(const Call call) {
   const DeviceSegments& p = find_job(call.table, call.count, number, &DeviceSegments::first_block);
   const int64_t base = (number - p.first_block) * kSegmentBlock + kFour * int64_t(threadIdx.x);
   if (in_registers) {
-    call.square != nullptr ? one_pass<true>(call, p.job, base, number) : one_pass<false>(call, p.job, base, number);
+    one_pass<norms>(call, p.job, base, number);
   } else {
     p.job.is_double ? two_passes<double>(call, p.job, base, number) : two_passes<float>(call, p.job, base, number);
   }
@@ -121,7 +122,9 @@ void segment_sum(const SegmentCall& call, void* workspace, Stream handle) {
                     l.bad,
                     blocks,
                     call.redo};
-  const auto kernel = in_registers ? segment_blocks<true> : segment_blocks<false>;
+  const auto kernel = !in_registers ? segment_blocks<false, true>
+                      : call.stats  ? segment_blocks<true, true>
+                                    : segment_blocks<true, false>;
   kernel<<<unsigned(blocks), kThreads, 0, stream>>>(device);
   if (call.stats) finish_norms<<<unsigned(steps), kSegmentFinalLanes, 0, stream>>>(device, call.stats);
   check(cudaGetLastError(), "segment sum");

@@ -102,7 +102,7 @@ class LRTTLinear(TileModule):
     ) -> Tensor:
         if dtype != torch.float32 or grad_x.dtype == torch.float32:
             return super().with_project_backward(grad_x, grad, x, w, alpha, dtype)
-        rows = torch.ops.lrtt.add_product(grad_x.reshape(-1, w.shape[1]), self.samples(grad), w, alpha)
+        rows: Tensor = torch.ops.lrtt.add_product(grad_x.reshape(-1, w.shape[1]), self.samples(grad), w, alpha)
         return rows.view(grad_x.shape)
 
     def with_mix(self, y: Tensor, z: Tensor, a: Tensor, alpha: float) -> Tensor:

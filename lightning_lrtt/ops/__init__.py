@@ -8,6 +8,7 @@ from lightning_lrtt.ops import (  # noqa: F401  registers the operators
     hopfield_kernels,
     io_kernels,
     kernels,
+    product_kernels,
     schema,
     weight_kernels,
 )

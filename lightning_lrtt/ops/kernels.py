@@ -431,19 +431,6 @@ def segment_sum_(
     _run(owner, "segment_sum", *arguments, scratch.data_ptr())
 
 
-def add_product(g: Tensor, z: Tensor, b: Tensor, alpha: float) -> Tensor:
-    _same_device("add_product", g, z=z, b=b)
-    (n, k), r = g.shape, z.shape[1]
-    halves = g.dtype in (torch.bfloat16, torch.float16) and g.dtype == z.dtype == b.dtype
-    whole = all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (g, b)) and k % 4 == 0
-    if not (g.is_cuda and halves and whole and z.is_contiguous() and r <= 32):  # the same sum in three passes
-        return torch.addmm(g.float(), z.float(), b.float(), alpha=alpha)
-    out = torch.empty((n, k), dtype=torch.float32, device=g.device)
-    pointers = (t.data_ptr() for t in (g, z, b, out))
-    _run(g, "add_product", *pointers, n, k, r, alpha, g.dtype == torch.bfloat16)
-    return out
-
-
 def _check_program(op: str, program: list[int]) -> int:
     """The number of nodes that a program hands out, once it is known to be one."""
     depth = nodes = 0
@@ -478,7 +465,6 @@ _KERNELS: tuple[Callable[..., Any], ...] = (
     clip_,
     reset_cells_,
     segment_sum_,
-    add_product,
 )
 for _kernel in _KERNELS:
     for _key in ("CPU", "CUDA"):

@@ -99,8 +99,8 @@ def _apply_block(
         before += hit.sum(0)
         noise = torch.zeros(hit.shape)
         if p["dw_min_std"] > 0 and hit.any():
-            seeds = (words.expand_as(turn)[hit] for words in random[:2])
-            noise[hit] = p["dw_min_std"] * rng.noise(*seeds, turn[hit])
+            start, increment = (words.expand_as(turn)[hit] for words in random[:2])
+            noise[hit] = p["dw_min_std"] * rng.noise(start, increment, turn[hit])
         for slot in range(len(hit)):
             if not hit[slot].any():
                 continue

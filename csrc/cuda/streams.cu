@@ -1,0 +1,328 @@
+// Streams of bits: of every element of both sides, in which slots it fires and where it is negative.
+#include "pulses.cuh"
+
+namespace lrtt::cuda {
+namespace {
+
+// The trains of one block of samples as a stream sees them.
+struct BlockView {
+  const Planned* trains;
+  const int* rows;  // null: row s is sample s
+  int samples;
+  int64_t first_sample;  // random counter of sample 0
+  int64_t first_row;     // operand row of sample 0 where rows is null
+  __device__ __forceinline__ int64_t row(int s) const { return rows ? rows[s] : first_row + s; }
+};
+
+__device__ __forceinline__ BlockView view(const DevicePulse& p, int block, int size) {
+  const int64_t first = int64_t(block) * size, left = p.job.samples - first;
+  return BlockView{p.trains + first, p.transfer ? p.rows + first : nullptr, int(left < size ? left : size),
+                   p.job.first_sample + first, first};
+}
+
+// How the four elements of a group are read: one vector load a sample, or one by one (any strides, rows by index).
+enum Access { kVectorFloat, kVectorBFloat16, kScattered };
+
+__device__ __forceinline__ Access access(const Operand& v, int elements, const int* rows) {
+  const int size = v.type == kFloat32 ? 4 : 2;
+  const bool whole = rows == nullptr && elements % 4 == 0 && v.es == 1 && v.type != kFloat16 && v.ss % 4 == 0 &&
+                     reinterpret_cast<uintptr_t>(v.p) % (4 * size) == 0;
+  return !whole ? kScattered : v.type == kFloat32 ? kVectorFloat : kVectorBFloat16;
+}
+
+// The operand's four elements of one sample. `read` gives them as they lie in memory, so that a load is not waited for
+// before its use; `decode` makes float bits of them.
+template <Access kind>
+struct Reader {
+  const char* at;  // sample 0
+  int64_t stride;  // bytes from sample to sample
+  __device__ __forceinline__ Reader(const Operand& v, int, int group, const BlockView& block) {
+    constexpr int size = kind == kVectorFloat ? 4 : 2;
+    stride = v.ss * size;
+    at = static_cast<const char*>(v.p) + block.first_row * stride + int64_t(4 * group) * size;
+  }
+  __device__ __forceinline__ uint4 read(int s) const {
+    if (kind == kVectorFloat) return __ldg(reinterpret_cast<const uint4*>(at + s * stride));
+    const uint2 f = __ldg(reinterpret_cast<const uint2*>(at + s * stride));
+    return make_uint4(f.x, f.y, 0u, 0u);
+  }
+  __device__ __forceinline__ static uint4 decode(const uint4& raw) {
+    if (kind == kVectorFloat) return raw;
+    return make_uint4(raw.x << 16, raw.x & 0xffff0000u, raw.y << 16, raw.y & 0xffff0000u);
+  }
+};
+
+template <>
+struct Reader<kScattered> {
+  const Operand& v;
+  int elements, group;
+  const BlockView& block;
+  __device__ __forceinline__ Reader(const Operand& operand, int n, int g, const BlockView& b)
+      : v(operand), elements(n), group(g), block(b) {}
+  __device__ __forceinline__ uint4 read(int s) const {
+    const int64_t row = block.row(s);
+    uint32_t value[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+      value[k] = 4 * group + k < elements ? to_bits(load(v, row * v.ss + int64_t(4 * group + k) * v.es)) : 0u;
+    return make_uint4(value[0], value[1], value[2], value[3]);
+  }
+  __device__ __forceinline__ static uint4 decode(const uint4& raw) { return raw; }
+};
+
+// One side of an outer product, and the constants of its random numbers.
+struct Side {
+  bool is_x;
+  uint64_t key;
+  uint32_t step, c3;
+  const PulseJob& job;
+  __device__ __forceinline__ Side(const PulseJob& j, bool x)
+      : is_x(x),
+        key(uint64_t(j.state[kKey])),
+        step(uint32_t(j.state[kStep])),
+        c3(counter3(x ? kBitX : kBitD, uint32_t(j.array), 0)),
+        job(j) {}
+};
+
+__device__ __forceinline__ void add_where_below(uint32_t& sum, uint32_t term, uint32_t a, uint32_t b) {
+  asm("{\n  .reg .pred q;\n  setp.lt.u32 q, %2, %3;\n  @q mad.lo.u32 %0, %1, 1, %0;\n}"
+      : "+r"(sum)
+      : "r"(term), "r"(a), "r"(b));
+}
+
+__device__ __forceinline__ void add_product_of(uint32_t& sum, uint32_t a, uint32_t b) {
+  asm("mad.lo.u32 %0, %1, %2, %0;" : "+r"(sum) : "r"(a), "r"(b));
+}
+
+// The uppermost bit in all places.
+__device__ __forceinline__ uint32_t spread_sign(uint32_t v) {
+  uint32_t all;
+  asm("mul.hi.s32 %0, %1, 1;" : "=r"(all) : "r"(v));
+  return all;
+}
+
+__device__ __forceinline__ uint32_t upper_bit(uint32_t v) {
+  uint32_t bit;
+  asm("mul.hi.u32 %0, %1, 2;" : "=r"(bit) : "r"(v));
+  return bit;
+}
+
+// Trains of up to kDirectSlots slots, one uniform each: those of the slots shift, shift + 1, ... that the word has.
+__device__ __forceinline__ void fire_directly(const Side& side, const uint32_t (&element)[4], float scale, int bl,
+                                              int shift, int group, uint32_t sample, uint32_t (&bits)[4],
+                                              uint32_t (&neg)[4]) {
+  uint32_t limit[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) limit[k] = threshold(fabsf(from_bits(element[k])) * scale);
+  uint32_t sign[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) sign[k] = upper_bit(element[k]);
+#pragma unroll 1
+  for (int slot = 0; slot < bl; ++slot) {
+    const uint32_t place = uint32_t(shift + slot);
+    if (place >= 32) continue;
+    const Words r = philox(side.key, uint32_t(group), sample * 64u + uint32_t(slot), side.step, side.c3);
+    const uint32_t mask = 1u << place;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      add_where_below(bits[k], mask, r.w[k], limit[k]);
+      add_product_of(neg[k], mask, sign[k]);  // where nothing fires the sign is not looked at
+    }
+  }
+}
+
+// The slots in which the four elements of a group fire for one sample. `any` (Form kAnyBits): the 32 slots from 32 *
+// piece on, of probabilities on a grid.
+template <bool any>
+__device__ __forceinline__ void fire(const Side& side, const uint32_t (&element)[4], float scale, int train, int group,
+                                     uint32_t sample, int piece, uint32_t (&fired)[4]) {
+  const uint32_t c1 = sample * 64u;
+  Words grid{};
+  if (any && side.job.pulse.sto_round)
+    grid = philox(side.key, uint32_t(group), c1 + (side.is_x ? 0u : 1u), side.step,
+                  counter3(kRound, uint32_t(side.job.array), 0));
+  uint32_t limit[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    float chance = abs_(from_bits(element[k])) * scale;
+    if (any)
+      chance = on_grid(chance, side.is_x ? side.job.pulse.x_res : side.job.pulse.d_res, side.job.pulse.sto_round != 0,
+                       grid.w[k]);
+    limit[k] = threshold(chance);
+    fired[k] = 0;
+  }
+  const int bl = any ? min(train - 32 * piece, 32) : train;
+  const uint32_t slots = 0xffffffffu >> (32 - bl), c3 = any ? side.c3 + uint32_t(piece) : side.c3;
+  if (any && bl <= kDirectSlots) {
+#pragma unroll 1
+    for (int slot = 0; slot < bl; ++slot) {
+      const Words r = philox(side.key, uint32_t(group), c1 + uint32_t(slot), side.step, c3);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) fired[k] |= (r.w[k] < limit[k] ? 1u : 0u) << slot;
+    }
+  } else {
+    uint32_t undecided[4] = {slots, slots, slots, slots};
+#pragma unroll 1
+    for (uint32_t plane = 0; plane < 32; ++plane) {
+      const Words r = philox(side.key, uint32_t(group), c1 + plane, side.step, c3);
+      uint32_t open = 0;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {  // bernoulli_plane
+        const uint32_t p = spread_sign(limit[k]);
+        fired[k] = plus(fired[k], undecided[k] & p & ~r.w[k]);
+        undecided[k] &= ~(p ^ r.w[k]);
+        limit[k] *= 2;  // the next bit
+        open |= undecided[k];
+      }
+      if (open == 0) break;
+    }
+  }
+}
+
+constexpr int kParts = 2;                 // threads that share the samples of a word
+constexpr int kAhead = 2;                 // samples whose operands a thread loads at once
+constexpr int kWarpGroups = 32 / kParts;  // groups of four elements of a warp's task
+
+__host__ __device__ __forceinline__ uint32_t chunks_of(int64_t elements) {
+  return uint32_t((groups_of(elements) + kWarpGroups - 1) / kWarpGroups);
+}
+
+__device__ __forceinline__ uint32_t or_parts(uint32_t v) {
+#pragma unroll
+  for (int lanes = kWarpGroups; lanes < 32; lanes *= 2) v |= __shfl_xor_sync(0xffffffffu, v, lanes);
+  return v;
+}
+
+// Word `word` of a block's stream, for kWarpGroups groups of one side, by a warp: thread (part, group) takes every
+// kParts-th sample from `first` on, which has the word's first slot.
+template <Access kind, bool any>
+__device__ __forceinline__ void make_word(const Operand& v, int elements, const BlockView& samples, const Side& side,
+                                          int word, int first, int chunk, uint32_t* to_bits_, uint32_t* to_neg) {
+  const int lane = int(threadIdx.x % 32), part = lane / kWarpGroups, group = chunk * kWarpGroups + lane % kWarpGroups;
+  const int low = word * 32;
+  const bool inside = 4 * group < elements;
+  const Reader<kind> reader(v, elements, group, samples);
+  uint32_t bits[4] = {}, neg[4] = {};
+  for (int many = 32; many == 32; first += 32) {  // 32 trains at a time, one a lane
+    Planned mine{0, 0.0f, 0.0f, low + 32};
+    if (first + lane < samples.samples) mine = samples.trains[first + lane];
+    many = __popc(__ballot_sync(0xffffffffu, mine.first < low + 32));
+    const float my_scale = side.is_x ? mine.sx : mine.sd;
+    const uint32_t my_slots = uint32_t(mine.bl) << 16 | uint32_t(mine.first);
+#pragma unroll 1
+    for (int i = part; i - part < many; i += kParts * kAhead) {
+      uint4 raw[kAhead];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u)
+        if (i + u * kParts < many && inside) raw[u] = reader.read(first + i + u * kParts);
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        const int at = i + u * kParts;
+        const float scale = __shfl_sync(0xffffffffu, my_scale, at);
+        const uint32_t slots = __shfl_sync(0xffffffffu, my_slots, at);
+        const int bl = int(slots >> 16);
+        if (at >= many || !inside || bl == 0) continue;
+        const uint4 value = Reader<kind>::decode(raw[u]);
+        const uint32_t element[4] = {value.x, value.y, value.z, value.w};
+        const uint32_t sample = uint32_t(samples.first_sample) + uint32_t(first + at);
+        int shift = int(slots & 0xffffu) - low;
+        if (!any && bl <= kDirectSlots) {
+          fire_directly(side, element, scale, bl, shift, group, sample, bits, neg);
+          continue;
+        }
+        int piece = any && shift < 0 ? -shift / 32 : 0;  // pieces that end before the word are passed over
+        if (any) shift += 32 * piece;
+        do {
+          uint32_t fired[4];
+          fire<any>(side, element, scale, bl, group, sample, piece, fired);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const uint32_t f = shift >= 0 ? fired[k] << shift : fired[k] >> -shift;
+            bits[k] |= f;
+            neg[k] |= f & (0u - (element[k] >> 31));
+          }
+          ++piece;
+          shift += 32;
+        } while (any && 32 * piece < bl && shift < 32);
+      }
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const uint32_t all_bits = or_parts(bits[k]), all_neg = or_parts(neg[k]);
+    const int e = 4 * group + k;
+    if (part == k % kParts && e < elements) {
+      to_bits_[e] = all_bits;
+      to_neg[e] = all_neg;
+    }
+  }
+}
+
+// A warp's task in a round: the stream row and the groups that its number names.
+template <bool any>
+__device__ __forceinline__ void make_words(const DevicePulse& p, uint32_t task, int round) {
+  const uint32_t x_chunks = chunks_of(p.job.n), chunks = x_chunks + chunks_of(p.job.m);
+  const int row = int(task / chunks), block = block_of_row(p, round, row);
+  uint32_t chunk = task % chunks;
+  const int word = row - p.place[block];
+  if (word >= p.words[block]) return;
+  const bool is_x = chunk < x_chunks;
+  if (!is_x) chunk -= x_chunks;
+  const int elements = is_x ? p.job.n : p.job.m;
+  const BlockView samples = view(p, block, any ? p.samples : kBlockSamples);
+  const Operand& v = is_x ? p.job.x : p.job.d;
+  const Side side(p.job, is_x);
+  const int first = p.starts[int64_t(block) * p.block_words + word];
+  uint32_t* bits = (is_x ? p.x_bits : p.d_bits) + int64_t(row) * elements;
+  uint32_t* neg = (is_x ? p.x_neg : p.d_neg) + int64_t(row) * elements;
+  switch (access(v, elements, samples.rows)) {
+    case kVectorFloat: make_word<kVectorFloat, any>(v, elements, samples, side, word, first, chunk, bits, neg); break;
+    case kVectorBFloat16:
+      make_word<kVectorBFloat16, any>(v, elements, samples, side, word, first, chunk, bits, neg);
+      break;
+    case kScattered: make_word<kScattered, any>(v, elements, samples, side, word, first, chunk, bits, neg); break;
+  }
+}
+
+// Blocks of tasks that a job has in a round; the trains decide how much of the room for its streams is used.
+__device__ __forceinline__ int64_t task_blocks(const DevicePulse& p, int round) {
+  const int begin = p.begin[round], end = p.begin[round + 1];
+  if (begin >= end) return 0;
+  // Below 2^32: the streams of a round fit kStreamBytes.
+  const uint32_t tasks = (chunks_of(p.job.n) + chunks_of(p.job.m)) * uint32_t(p.place[end - 1] + p.words[end - 1]);
+  return (tasks + kWordThreads / 32 - 1) / (kWordThreads / 32);
+}
+
+// Resident blocks run through the tasks of all jobs: a launch that finds nothing to do must cost next to nothing.
+template <bool any>
+__global__ void __launch_bounds__(kWordThreads, any ? 4 : 5)
+    make_streams(const DevicePulse* table, int count, int round, Predicate predicate) {
+  if (predicate.jobs && !any_fires(predicate, count)) return;
+  int64_t b = blockIdx.x;  // counted from the first task of the present job
+  for (int i = 0; i < count; ++i) {
+    const DevicePulse& p = table[i];
+    if (predicate.jobs && !fires(predicate.jobs[i], predicate.force)) continue;
+    const int64_t blocks = task_blocks(p, round);
+    for (; b < blocks; b += gridDim.x) make_words<any>(p, uint32_t(b) * (kWordThreads / 32) + threadIdx.x / 32, round);
+    b -= blocks;
+  }
+}
+
+}  // namespace
+
+int64_t word_blocks(const DevicePulse& p) {
+  if (p.form == kCounted) return blocks_of((groups_of(p.job.n) + groups_of(p.job.m)) * p.capacity, kWordThreads);
+  return blocks_of((chunks_of(p.job.n) + chunks_of(p.job.m)) * int64_t(p.capacity), kWordThreads / 32);
+}
+
+void launch_streams(const DevicePulse* table, int count, int form, unsigned grid, int round, Predicate predicate,
+                    cudaStream_t stream) {
+  switch (form) {
+    case kShortBits: make_streams<false><<<grid, kWordThreads, 0, stream>>>(table, count, round, predicate); break;
+    case kAnyBits: make_streams<true><<<grid, kWordThreads, 0, stream>>>(table, count, round, predicate); break;
+    default: launch_values(table, count, grid, round, predicate, stream);
+  }
+}
+
+}  // namespace lrtt::cuda
