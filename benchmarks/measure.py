@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,13 +215,18 @@ def captured(steps: Sequence[Step], device: str, forbid_syncs: bool = False) -> 
             with syncs_forbidden(device, forbid_syncs and i == 2):
                 steps[i % len(steps)]()
     torch.cuda.current_stream().wait_stream(side)
-    pool, replays = torch.cuda.graph_pool_handle(), []
+    pool, replays = torch.cuda.graph_pool_handle(), list[Step]()
     for step in steps:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             step()
-        replays.append(graph.replay)
+        replays.append(partial(_replay, graph, step))
     return replays
+
+
+def _replay(graph: torch.cuda.CUDAGraph, step: Step) -> None:
+    """``step`` owns the tensors that the graph reads: without it their memory would go to the next contender."""
+    graph.replay()
 
 
 def cycle(steps: Sequence[Step], every: int) -> list[Step]:

@@ -8,6 +8,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import contenders as c
@@ -56,15 +57,14 @@ def recorded(step: Step, optimizer: LRTT | None, device: str) -> Step:
         optimizer.refresh_lr()
     for _ in range(3):
         recorder.eager(once)
-    replay: Step = recorder.record(once).replay
-    if optimizer is None:
-        return replay
+    return partial(_replay, recorder.record(once).replay, optimizer, step)
 
-    def run() -> None:
+
+def _replay(replay: Step, optimizer: LRTT | None, step: Step) -> None:
+    """``step`` owns the tensors that the graph reads: without it their memory would go to the next contender."""
+    if optimizer is not None:
         optimizer.refresh_lr()
-        replay()
-
-    return run
+    replay()
 
 
 # ---------------------------------------------------------------- through the Trainer

@@ -44,7 +44,7 @@ class GradientWatch:
     def _forward(self, name: str, tile: TileModule, args: Any, kwargs: Any, y: Tensor) -> None:
         if tile.training and y.requires_grad:  # not in evaluation, nor in the first pass of a checkpointed segment
             x = (args[0] if args else kwargs["x"]).detach()
-            y.register_hook(partial(self._backward, name, tile, x))  # type: ignore[no-untyped-call]  # torch's
+            y.register_hook(partial(self._backward, name, tile, x))
 
     @torch.no_grad()
     def _backward(self, name: str, tile: TileModule, x: Tensor, grad: Tensor) -> None:

@@ -19,13 +19,13 @@ from lightning_lrtt import _check
 class RunProfile(Callback):
     """Log times of the loop, and at the end of `fit` the paths of Chrome traces.
 
-    Logged to all loggers: ``perf/step_ms``, the wall-clock time of an optimizer step with everything around it, and
-    ``perf/data_ms``, the part in which the loop waited for batches; both are means since the last log. Nothing is
+    Logged to all loggers: ``profile/step_ms``, the wall-clock time of an optimizer step with everything around it, and
+    ``profile/data_ms``, the part in which the loop waited for batches; both are means since the last log. Nothing is
     synchronised: over an interval the wall clock keeps pace with the device, a single step's share may lie in another
     one's. Times in which validation runs do not count.
 
     With a `PyTorchProfiler` that exports Chrome traces, their paths go to the logger ``lightning_lrtt`` and, as text,
-    to ``perf/trace`` in TensorBoard.
+    to ``profile/trace`` in TensorBoard.
 
     Args:
         every_n_steps: Optimizer steps between logs; None: the Trainer's ``log_every_n_steps``.
@@ -84,12 +84,16 @@ class RunProfile(Callback):
         if every and (done + 1) % every == 0:
             # `_spent` counts from the end of one batch to the end of the next, so the waiting is in it.
             metrics = {
-                "perf/step_ms": 1e3 * self._spent / self._steps,
-                "perf/data_ms": 1e3 * self._waited / self._steps,
+                "profile/step_ms": 1e3 * self._spent / self._steps,
+                "profile/data_ms": 1e3 * self._waited / self._steps,
             }
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=done)
             self._restart(self._clock())
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restart(0.0)  # a fit that follows does not count the one that broke off; teardown names its trace
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -107,4 +111,4 @@ class RunProfile(Callback):
             rank_zero_info("RunProfile: the trace comes into %s; open it in %s", folder, viewer)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("perf/trace", text, trainer.fit_loop.epoch_loop._batches_that_stepped)
+                logger.experiment.add_text("profile/trace", text, trainer.fit_loop.epoch_loop._batches_that_stepped)

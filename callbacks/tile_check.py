@@ -106,6 +106,10 @@ class TileCheck(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._release()
 
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._release()
+
     def _release(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()

@@ -18,7 +18,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md"}
+PAGES = {"index.md": "README.md", "changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 _LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s]+)\)")
 _RULE = re.compile(r" +=+(?: =+)+$")  # a line of a table in reStructuredText
 _SKETCH = re.compile(r"^( +)Example::\n\n((?:\1 +.*\n|\n)+)", re.MULTILINE)  # an example that is not run

@@ -107,6 +107,8 @@ def _condense(text: str) -> str:
     path = ".".join(re.findall(r'Parser key "(.*?)":', text))
     classes = re.findall(r"class_path '(.*?)':", text)
     leaves = [entry for entry in lines[:-1] + lines[-1:] if entry.strip() and not _NOISE.match(entry.strip())]
+    if unknown := [entry for entry in leaves if "Expected a dot import path string" in entry]:
+        leaves = unknown[-1:] if any("Subclass types expect one of" in entry for entry in leaves) else leaves
     leaf = max(leaves, key=lambda entry: len(entry) - len(entry.lstrip()), default="").strip().removeprefix("- ")
     where = f"{path}: " if path else ""
     if found := re.match(r"Option '(.*?)' is not accepted", leaf):

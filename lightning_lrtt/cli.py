@@ -15,7 +15,9 @@ import jsonargparse
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from typing_extensions import override
 
-from lightning_lrtt import (  # noqa: F401  short names in YAML
+import lightning_lrtt.callbacks
+import lightning_lrtt.devices  # noqa: F401  short names in YAML: TileMonitor, SoftBounds
+from lightning_lrtt import (  # noqa: F401  likewise
     LRTT,
     LRTTDDPStrategy,
     LRTTStrategy,

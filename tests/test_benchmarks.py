@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +245,17 @@ def test_base_is_built(module: Any, tmp_path: Path) -> None:
     package = module("run").build("HEAD", tmp_path)
     assert list((package / "lightning_lrtt").glob("_C.*"))
     assert (package / "lightning_lrtt" / "callbacks" / "cuda_graph.py").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: GPU tests run on a machine that has one")
+def test_captured_steps_own_what_their_graphs_read(module: Any) -> None:
+    """Regression: graphs outlived the closures they were captured from, and read what later contenders put there."""
+    measure, graphs = module("measure"), module("op_graphs")
+    for keep in (lambda step: measure.captured([step], "cuda"), lambda step: graphs.recorded(step, None, "cuda")):
+        x = torch.zeros(8, device="cuda")
+        alive = weakref.ref(x)
+        kept = keep(functools.partial(x.add_, 1))
+        del x
+        gc.collect()
+        assert kept and alive() is not None

@@ -35,6 +35,7 @@ def said(args: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[object, li
         ([*FIT, "--model=foo.Bar"], ["model: no class 'foo.Bar'", "current directory"]),
         ([*FIT, "--model=tiny_module.Modle"], ["no class 'tiny_module.Modle'", "did you mean 'Model'?"]),
         ([*FIT, "--trainer.callbacks+=Nope"], ["trainer.callbacks: must be a class", "got 'Nope'"]),
+        ([*FIT, "--config", "callback.yaml"], ["trainer.callbacks: must be a class", "mean 'TileMonitor'?"]),
         ([*FIT, "--modle.init_args.lr=3"], ["--modle.init_args.lr=3", "did you mean '--model'?"]),
         ([*FIT, "--model.init_args.lr=fast"], ["model.lr: must be float, got 'fast'"]),
         ([*FIT, "--trainer.max_epochs=ten"], ["trainer.max_epochs: must be int or null, got 'ten'"]),
@@ -54,6 +55,9 @@ def said(args: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[object, li
 )
 def test_one_line(folder: Path, capfd: pytest.CaptureFixture[str], args: list[str], words: list[str]) -> None:  # noqa: F811
     (folder / "broken.yaml").write_text("a: b: c\n")
+    (folder / "callback.yaml").write_text(
+        "trainer: {callbacks: [{class_path: TileMonitr, init_args: {trace: true}}]}\n"
+    )
     status, lines = said(args, capfd)
     assert status in (1, 2)
     assert len(lines) == 1, lines

@@ -192,7 +192,7 @@ def test_times_are_those_of_the_clock(tmp_path: Path) -> None:
     profile._clock = lambda: now[0]
     kwargs = {"max_epochs": 2, "val_check_interval": 10, "num_sanity_val_steps": 1}
     trainer(tmp_path, [profile], DIGITAL, **kwargs).fit(Slow(), SlowLoader(), loader())
-    steps, waits = scalars(tmp_path, "perf/step_ms"), scalars(tmp_path, "perf/data_ms")
+    steps, waits = scalars(tmp_path, "profile/step_ms"), scalars(tmp_path, "profile/data_ms")
     assert [event.step for event in steps] == [4, 9, 14, 19, 24, 29, 34, 39]
     # Lightning fetches one batch ahead, so a fetch may count before the epoch begins or in a step; 5 ms on average.
     assert sum(event.value for event in steps) / len(steps) == pytest.approx(5.0, abs=0.5)
@@ -202,7 +202,7 @@ def test_times_are_those_of_the_clock(tmp_path: Path) -> None:
 def test_accumulation_counts_optimizer_steps(tmp_path: Path) -> None:
     profile = RunProfile(every_n_steps=1)
     trainer(tmp_path, [profile], DIGITAL, accumulate_grad_batches=4).fit(Net(), loader())
-    assert [event.step for event in scalars(tmp_path, "perf/step_ms")] == [0, 1, 2, 3, 4]
+    assert [event.step for event in scalars(tmp_path, "profile/step_ms")] == [0, 1, 2, 3, 4]
 
 
 def test_a_real_clock(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_real_clock(tmp_path: Path) -> None:
             return super().training_step(batch, batch_idx)
 
     trainer(tmp_path, [RunProfile()], DIGITAL).fit(Sleeps(), loader())
-    assert all(event.value >= 5.0 for event in scalars(tmp_path, "perf/step_ms"))
+    assert all(event.value >= 5.0 for event in scalars(tmp_path, "profile/step_ms"))
 
 
 def test_the_trace_of_a_short_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

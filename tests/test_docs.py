@@ -103,7 +103,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_site_has_every_page(site: Path) -> None:
-    expected = {page.stem for page in (ROOT / "docs").glob("*.md")} | {"index", "changelog"}
+    expected = {page.stem for page in (ROOT / "docs").glob("*.md")} | {"index", "changelog", "contributing"}
     assert {page.stem for page in site.glob("*.html")} - {"404"} == expected
     navigation = (site / "index.html").read_text()
     for page in expected:

@@ -165,9 +165,9 @@ def test_profile(config: Path, work: Path) -> None:
     folder = Path(cli.trainer.log_dir)
     (trace,) = folder.glob("*training_step*.pt.trace.json")
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
-    (text,) = events.Tensors("perf/trace/text_summary")
+    (text,) = events.Tensors("profile/trace/text_summary")
     assert trace.name in text.tensor_proto.string_val[0].decode()
-    times, waits = (events.Scalars(f"perf/{tag}_ms") for tag in ("step", "data"))
+    times, waits = (events.Scalars(f"profile/{tag}_ms") for tag in ("step", "data"))
     assert [event.step for event in times] == [1, 3, 5]
     assert all(0 < wait.value < step.value for step, wait in zip(times, waits, strict=True))
 
