@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_lrtt.callbacks import CUDAGraph
 from segment_jobs import PULSED, Net, Rows
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, WeightedRandomSampler
 
@@ -511,17 +510,6 @@ def test_set_ups_are_refused(model, options, message):
     )
     with pytest.raises(MisconfigurationException, match=message):
         trainer.fit(model(), DataLoader(Rows((6,)), batch_size=24))
-
-
-def test_cuda_graph_is_refused():
-    """Workers meet within a step, on the CPU; a recorded step could not."""
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=1, strategy=LRTTDDPStrategy(exclude=["*"]), callbacks=[CUDAGraph()], **QUIET
-    )
-    with pytest.raises(
-        MisconfigurationException, match=r"whole steps on one device, got LRTTDDPStrategy.*callback out"
-    ):
-        trainer.fit(Net(), DataLoader(Rows((6,)), batch_size=24))
 
 
 def test_statistics_reach_tensorboard(tmp_path):

@@ -64,17 +64,17 @@ WRITE = {"mnist": write_mnist, "cifar10": write_cifar10}
 def test_it_trains(
     dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``lrtt fit`` and its test, after 60 steps on 200 easy images; guessing gives 0.1, give or take 0.03."""
+    """``lrtt fit`` and its test, after 3 or 10 passes over 200 easy images; guessing gives 0.1, give or take 0.03."""
     WRITE[dataset](tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lrtt"])
-    small = {"mnist": 64, "cifar10": 16}[dataset]
+    small, epochs = {"mnist": (64, 3), "cifar10": (16, 10)}[dataset]
     main(["fit", "--config", str(ROOT / "examples" / "vision" / f"{dataset}.yaml"), "--data.init_args.val_size=100",
-          "--data.init_args.batch_size=10", "--trainer.accelerator=cpu", "--trainer.max_epochs=3",
+          "--data.init_args.batch_size=10", "--trainer.accelerator=cpu", f"--trainer.max_epochs={epochs}",
           f"--model.init_args.hidden={small}"])  # fmt: skip
     printed = re.search(r"test/acc\W+([0-9.]+)", capsys.readouterr().out)
     assert printed is not None
-    assert float(printed.group(1)) > {"mnist": 0.5, "cifar10": 0.2}[dataset]
+    assert float(printed.group(1)) > {"mnist": 0.5, "cifar10": 0.3}[dataset]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
