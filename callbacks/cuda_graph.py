@@ -159,6 +159,9 @@ class CUDAGraph(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Not earlier: a checkpoint's optimizer state is restored between on_fit_start and this.
         self._close()
+        pretrained = getattr(trainer.strategy, "pretrained", None)
+        if pretrained is not None:
+            pretrained.finish()  # a layer's first call, or the prefetching thread, would read a file within a recording
         self._trainer, self._events.on_reason = trainer, self._say
         device = trainer.strategy.root_device
         self._recorder = self.make_recorder(device)

@@ -23,7 +23,8 @@ class PretrainedInit(Callback):
 
     The strategies of this package do it in their setup, on the root device, before optimizers exist; their argument
     ``pretrained`` is the same. Under Lightning's own single-device and DDP strategies it happens at the start of the
-    stage, on every process for itself; there the parameters must have memory (not be on meta). A run that goes on from
+    stage, on every process for itself, and several processes read everything before the first training step; there the
+    parameters must have memory (not be on meta). A run that goes on from
     a checkpoint (``ckpt_path``) is left as it is. Afterwards `report` says what was loaded.
 
     Args:
@@ -105,10 +106,16 @@ class PretrainedInit(Callback):
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._by_strategy:
             self.pretrained.apply(pl_module, trainer.strategy.root_device, bar_of(trainer))
+            self.pretrained.prefetch()
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._apply(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._by_strategy and trainer.world_size > 1:
+            self.pretrained.finish()  # DDP sends the buffers of tiles before each forward pass: a fill would change them
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,11 +2,15 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-# The tensors are small: waking other threads costs more than they save. Tests of threads set their own number.
+# The tensors are small: waking other threads costs more than they save. Tests of threads set their own number. The
+# variable is for processes that tests start, and keeps Lightning's launchers from setting a number of theirs, at which
+# two workers of xdist wait for one another's threads (a test of 6 s took over 300 s).
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
@@ -26,3 +30,12 @@ def _no_process_group_left() -> Iterator[None]:
         torch.distributed.destroy_process_group()
         for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
             os.environ.pop(name, None)
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> tuple[str, dict[str, torch.Tensor]]:
+    """A GGUF file of a small Llama and its weights."""
+    from weights_helpers import write_llama
+
+    expected = write_llama(tmp_path / "llama.gguf")
+    return str(tmp_path / "llama.gguf"), expected

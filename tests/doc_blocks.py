@@ -121,7 +121,7 @@ class Reader:
         sys.path[:] = self._path
         for name in set(sys.modules) - self._modules:  # modules of the page's files; others may stay
             file = getattr(sys.modules[name], "__file__", None) or ""
-            if name == self.module.__name__ or Path(file).parent == self.folder:
+            if name == self.module.__name__ or Path(file).is_relative_to(self.folder):
                 del sys.modules[name]
 
     def follow(self, block: Block) -> None:

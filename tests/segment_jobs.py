@@ -8,6 +8,7 @@ import multiprocessing as mp
 import os
 import signal
 import socket
+import threading
 import time
 import traceback
 import warnings
@@ -310,7 +311,8 @@ def keep_all(folder: Path) -> dict[str, Any]:
 def fit_pretrained(workers: int, path: str, mode: str, config: LRTTConfig, trouble: str = "", **options: Any) -> Any:
     """A fit from a checkpoint, other random weights on every worker; what was read, sent and computed.
 
-    ``trouble``: ``missing`` or ``other`` gives worker 1 no file, or one with other values.
+    ``trouble``: ``missing`` or ``other`` gives worker 1 no file, or one with other values; ``slow`` holds up every tensor
+    that worker 0's prefetching thread reads.
     """
     rank = int(os.environ["LOCAL_RANK"])
     loads: list[str] = []
@@ -319,6 +321,8 @@ def fit_pretrained(workers: int, path: str, mode: str, config: LRTTConfig, troub
 
     def counted(self: Any, entry: Any) -> None:
         loads.append(entry.name)
+        if trouble == "slow" and rank == 0 and threading.current_thread().name == "lrtt-prefetch":
+            time.sleep(0.3)
         fill(self, entry)
 
     def watched(group: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
@@ -337,7 +341,7 @@ def fit_pretrained(workers: int, path: str, mode: str, config: LRTTConfig, troub
     LRTTDDPStrategy.on_train_start = filled  # type: ignore[method-assign]
     pl.seed_everything = lambda seed, **kwargs: seeded(3, **kwargs) and torch.manual_seed(100 + rank)
     try:
-        where = f"{path}.{trouble}" if trouble and rank == 1 else path
+        where = f"{path}.{trouble}" if trouble in ("missing", "other") and rank == 1 else path
         found |= fit(workers, config=config, pretrained=Pretrained(where, mode), **options)  # type: ignore[arg-type]
     finally:
         plan.LoadPlan.fill, torch.distributed._broadcast_coalesced = fill, broadcast  # type: ignore[method-assign]

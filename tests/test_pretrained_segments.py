@@ -45,6 +45,14 @@ def test_every_worker_reads_for_itself_and_any_number_gives_the_same_bits(config
     assert len({tuple(worker["metrics"].items()) for worker in found}) == 1
 
 
+def test_setup_and_prefetching_do_not_meet(checkpoint: Any) -> None:
+    """Regression: worker 1 started its tiles afresh before worker 0's keys and counters came, worker 0 after sending them."""
+    path, _ = checkpoint
+    (expected,) = run(1, fit_pretrained, path, "progressive", PULSED)
+    found = run(2, fit_pretrained, path, "prefetch", PULSED, "slow")
+    assert {worker["digest"] for worker in found} == {expected["digest"]}
+
+
 def test_a_resumed_run_reads_nothing(checkpoint: Any, tmp_path: Path) -> None:
     """Two epochs against one, its checkpoint and another without the file; by the callback, too."""
     path, _ = checkpoint

@@ -124,6 +124,8 @@ class TileStrategy(_Base):
         self._restore_averaging()
         self._undo_averaging = average_by_effective_weights(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
         super().setup(trainer)
+        if self.pretrained is not None:
+            self.pretrained.prefetch()  # not earlier: the setup of workers sends tiles' keys and counters, which a fill uses
 
     @override
     def teardown(self) -> None:

@@ -67,9 +67,10 @@ class LazyFill:
         self._ensure(self.plan.entries)
 
     def prefetch(self) -> threading.Thread:
-        """Start a thread that walks ahead of the forward passes; what fails there is raised where it is needed."""
-        self._thread = threading.Thread(target=self._walk, name="lrtt-prefetch", daemon=True)
-        self._thread.start()
+        """Start a thread that walks ahead of the forward passes, once; what fails there is raised where it is needed."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._walk, name="lrtt-prefetch", daemon=True)
+            self._thread.start()
         return self._thread
 
     def stop(self) -> None:

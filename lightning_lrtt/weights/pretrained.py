@@ -86,6 +86,8 @@ class Pretrained:
     def apply(self, module: nn.Module, device: torch.device, bar: str | None = None) -> None:
         """Fill the module on ``device``, or install what will; once for each module, and not after `restored`.
 
+        The thread of ``prefetch`` waits for `prefetch`: a strategy's setup reads and sends what a fill writes.
+
         Args:
             module: With its tiles; parameters on meta get memory on ``device``.
             device: Where the module is to live; it is moved there first.
@@ -119,7 +121,10 @@ class Pretrained:
             return
         log.info("lightning_lrtt: %d tensors of %s are loaded on first use", len(plan.entries), self.path)
         self._fill = LazyFill(module, plan, lambda: self._end(checkpoint, plan))
-        if self.mode == "prefetch":
+
+    def prefetch(self) -> None:
+        """Let the thread of mode ``prefetch`` begin, once; call it when the setup of module and strategy is over."""
+        if self._fill is not None and self.mode == "prefetch":
             self._fill.prefetch()
 
     def restored(self, module: nn.Module, device: torch.device) -> None:
