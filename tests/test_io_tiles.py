@@ -383,7 +383,9 @@ def test_yaml(tmp_path, monkeypatch):
     """`io` in a configuration file, with fields of both directions."""
     from lightning_lrtt.cli import main
 
-    file = tmp_path / "config.yaml"
+    monkeypatch.chdir(tmp_path)  # where the run saves its configuration
+
+    file = tmp_path / "fit.yaml"
     file.write_text(
         "trainer:\n  max_steps: 2\n  accelerator: cpu\n  logger: false\n  enable_checkpointing: false\n"
         "  enable_progress_bar: false\n"
