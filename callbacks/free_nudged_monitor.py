@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import lightning.pytorch as pl
@@ -59,7 +60,7 @@ class FreeNudgedMonitor(Callback):
         self.every_n_steps, self.bptt_every_n_steps = every_n_steps, bptt_every_n_steps
         self._before: bool | None = None
 
-    @property
+    @cached_property  # Lightning asks for it at every hook
     @override
     def state_key(self) -> str:
         return self._generate_state_key(every_n_steps=self.every_n_steps, bptt_every_n_steps=self.bptt_every_n_steps)

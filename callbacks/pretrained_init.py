@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -67,7 +68,7 @@ class PretrainedInit(Callback):
         """What was loaded so far; None before that, and for a resumed run."""
         return self.pretrained.report
 
-    @property
+    @cached_property  # Lightning asks for it at every hook
     @override
     def state_key(self) -> str:
         return self._generate_state_key(path=self.pretrained.path)

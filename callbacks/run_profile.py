@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class RunProfile(Callback):
         self._clock = time.perf_counter
         self._restart(0.0)
 
-    @property
+    @cached_property  # Lightning asks for it at every hook
     @override
     def state_key(self) -> str:
         return self._generate_state_key(every_n_steps=self.every_n_steps)

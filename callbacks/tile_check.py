@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -49,7 +49,7 @@ class TileCheck(Callback):
         self.checked = 0  # steps so far
         self._hooks: list[Any] = []
 
-    @property
+    @cached_property  # Lightning asks for it at every hook
     @override
     def state_key(self) -> str:
         return self._generate_state_key(every_n_steps=self.every_n_steps)
