@@ -24,6 +24,7 @@ from typing_extensions import override
 from lightning_lrtt import _check
 from lightning_lrtt.config import LRTTConfig
 from lightning_lrtt.strategies import segment_fit
+from lightning_lrtt.strategies.restart import join_after_restart
 from lightning_lrtt.strategies.segment_data import SegmentLoader, has_segments, map_segments
 from lightning_lrtt.strategies.segment_fit import SegmentFit
 from lightning_lrtt.strategies.segment_refuse import refuse
@@ -144,6 +145,18 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
         trainer = self.lightning_module.trainer
         # Lightning would shuffle and cut the loaders by rank.
         self._undo.append(segment_fit.replace(trainer._accelerator_connector, "use_distributed_sampler", False))
+
+    @override
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        join_after_restart(
+            self._get_process_group_backend(),
+            self.global_rank,
+            self.world_size,
+            timedelta(seconds=self.timeout),
+            self.root_device,
+        )
+        super().setup_distributed()  # leaves a group that exists as it is
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
