@@ -220,13 +220,19 @@ def captured(steps: Sequence[Step], device: str, forbid_syncs: bool = False) -> 
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             step()
-        replays.append(partial(_replay, graph, step))
+        replays.append(owning(graph.replay, step))
     return replays
 
 
-def _replay(graph: torch.cuda.CUDAGraph, step: Step) -> None:
-    """``step`` owns the tensors that the graph reads: without it their memory would go to the next contender."""
-    graph.replay()
+def owning(replay: Step, step: Step) -> Step:
+    """``replay``, kept together with the step that owns the tensors its graph reads: without it their memory would go to
+    the next contender.
+    """
+    return partial(_replay, replay, step)
+
+
+def _replay(replay: Step, _: Step) -> None:
+    replay()
 
 
 def cycle(steps: Sequence[Step], every: int) -> list[Step]:

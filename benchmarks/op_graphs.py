@@ -8,7 +8,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import contenders as c
@@ -16,7 +15,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning_lrtt.callbacks import CUDAGraph
-from measure import Options, Row, Step, in_turn, relate, say
+from measure import Options, Row, Step, in_turn, owning, relate, say
 from torch import Tensor, nn
 
 from lightning_lrtt import LRTT, LRTTStrategy
@@ -57,14 +56,14 @@ def recorded(step: Step, optimizer: LRTT | None, device: str) -> Step:
         optimizer.refresh_lr()
     for _ in range(3):
         recorder.eager(once)
-    return partial(_replay, recorder.record(once).replay, optimizer, step)
+    replay: Step = recorder.record(once).replay
 
+    def run() -> None:
+        if optimizer is not None:
+            optimizer.refresh_lr()
+        replay()
 
-def _replay(replay: Step, optimizer: LRTT | None, step: Step) -> None:
-    """``step`` owns the tensors that the graph reads: without it their memory would go to the next contender."""
-    if optimizer is not None:
-        optimizer.refresh_lr()
-    replay()
+    return owning(run, step)
 
 
 # ---------------------------------------------------------------- through the Trainer

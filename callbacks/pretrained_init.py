@@ -24,9 +24,9 @@ class PretrainedInit(Callback):
 
     The strategies of this package do it in their setup, on the root device, before optimizers exist; their argument
     ``pretrained`` is the same. Under Lightning's own single-device and DDP strategies it happens at the start of the
-    stage, on every process for itself, and several processes read everything before the first training step; there the
-    parameters must have memory (not be on meta). A run that goes on from
-    a checkpoint (``ckpt_path``) is left as it is. Afterwards `report` says what was loaded.
+    stage, on every process for itself, and several processes read everything before the first training step; there
+    the parameters must have memory (not be on meta). A run that goes on from a checkpoint (``ckpt_path``) is left as it
+    is. Afterwards `report` says what was loaded.
 
     Args:
         path: A GGUF or safetensors checkpoint.

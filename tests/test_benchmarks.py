@@ -31,7 +31,7 @@ OPS = ("update", "transfer", "step", "mlp24", "large", "llama", "tree")
 def run(*args: str) -> subprocess.CompletedProcess[str]:
     """The command, from another folder than the repository's."""
     command = [sys.executable, str(ROOT / "benchmarks" / "run.py"), *args]
-    return subprocess.run(command, capture_output=True, text=True, env=clean_environment(OMP_NUM_THREADS="1"))
+    return subprocess.run(command, capture_output=True, text=True, env=clean_environment())
 
 
 @functools.cache

@@ -414,7 +414,7 @@ def test_two_processes_load_once_each_and_send_no_c(mode: str, tmp_path: Path, l
     path, expected = llama
     script = tmp_path / "run.py"
     script.write_text(DDP.format(tests=str(Path(__file__).parent), path=path, mode=mode, folder=str(tmp_path)))
-    env = clean_environment(OMP_NUM_THREADS="1")
+    env = clean_environment()
     done = subprocess.run(
         [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False, env=env
     )

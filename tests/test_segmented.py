@@ -344,7 +344,7 @@ def test_a_restarted_group_does_not_read_the_addresses_of_the_dead(tmp_path):
 def test_torchrun_restarts_and_goes_on(tmp_path):
     """torchrun --max-restarts: a worker is killed once, the group starts anew and ends in the digest of one worker."""
     script = Path(jobs.__file__).parent / "segment_script.py"
-    environment = clean_environment(OMP_NUM_THREADS="1", PYTHONPATH=str(script.parent))
+    environment = clean_environment(PYTHONPATH=str(script.parent))
     command = [
         sys.executable,
         "-m",

@@ -149,13 +149,8 @@ class LRTTDDPStrategy(TileStrategy, DDPStrategy):
     @override
     def setup_distributed(self) -> None:
         self.set_world_ranks()
-        join_after_restart(
-            self._get_process_group_backend(),
-            self.global_rank,
-            self.world_size,
-            timedelta(seconds=self.timeout),
-            self.root_device,
-        )
+        backend, timeout = self._get_process_group_backend(), timedelta(seconds=self.timeout)
+        join_after_restart(backend, self.global_rank, self.world_size, timeout, self.root_device)
         super().setup_distributed()  # leaves a group that exists as it is
 
     @override

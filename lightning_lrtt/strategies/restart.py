@@ -13,7 +13,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 log = logging.getLogger(__name__)
 
 
-def join_after_restart(backend: str, rank: int, workers: int, timeout: timedelta, device: torch.device) -> bool:
+def join_after_restart(backend: str, rank: int, workers: int, timeout: timedelta, device: torch.device) -> None:
     """Meet the other workers of this attempt; does nothing in a first attempt or without torchrun.
 
     torchrun shares one store between all attempts, and torch 2.13 uses the same keys in each of them: a restarted worker may
@@ -25,14 +25,11 @@ def join_after_restart(backend: str, rank: int, workers: int, timeout: timedelta
         workers: How many there are.
         timeout: Of the store and the group.
         device: A CUDA device belongs to the group from the start.
-
-    Returns:
-        Whether the group was made; otherwise the caller makes it.
     """
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if attempt == 0 or not shared or distributed.is_initialized():
-        return False
+        return
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = PrefixStore(f"attempt_{attempt}", TCPStore(address, port, workers, is_master=False, timeout=timeout))
     distributed.init_process_group(
@@ -44,4 +41,3 @@ def join_after_restart(backend: str, rank: int, workers: int, timeout: timedelta
         device_id=device if device.type == "cuda" else None,
     )
     log.info("lightning_lrtt: worker %d joined attempt %d of torchrun", rank, attempt)
-    return True
