@@ -1,19 +1,22 @@
 // What the kernels are told: the layouts shared with Python, the description of one pulsed update, and
 // the rule that turns one sample into a pulse train.
 //
-// THE PULSE STREAM. A pulsed update applies its samples in order; sample s owns BL_s slots. The slots of
-// kBlockSamples consecutive samples are laid end to end and cut into 32-slot words, so that
-// one AND of a word of x bits and a word of d bits finds the coincidences of 32 slots, whether they
-// belong to one sample of 31 slots or to 32 samples of one slot. Each block of samples starts at a fresh
-// word. Within a block a cell sees nothing of the slots but the sequence of directions, and the n-th pulse takes the
-// n-th noise number. Blocks are part of the numbers; chunk sizes and thread counts are not.
+// THE PULSE STREAM. A pulsed update applies its samples in order, in blocks of kBlockSamples. Every sample of a block owns
+// slot_width slots, of which its train takes the first BL_s; they are cut into 32-slot words, so that one AND of a word
+// of x bits and a word of d bits finds the coincidences of 32 slots, whether they belong to one sample of 31 slots or to
+// 32 samples of one slot. A sample of up to 32 slots never lies in two words.
+//
+// What a cell makes of a block: where trains are single slots, or the device is not one for bursts (bursts.h), each
+// coincidence is a pulse, and the n-th pulse takes the n-th noise number. Otherwise the coincidences of one sample in one
+// word are a burst, and the n-th burst takes the n-th noise number; a burst that is not small is pulses again, each with a
+// noise number. Blocks are part of the numbers; chunk sizes and thread counts are not.
 //
 // Trains that may exceed 31 slots come in blocks of fewer samples (block_samples), so that a block's stream stays
 // within the words of 512 samples of 31 slots; their bits are drawn in pieces of 32 slots. A counted train (mean_count,
 // deterministic_implicit) has no bits: the cell's n pulses take the first n of the sample's BL slots.
 #pragma once
 
-#include "devices.h"
+#include "bursts.h"
 
 namespace lrtt {
 
@@ -26,6 +29,14 @@ LRTT_HD int block_samples(int slots) {
   int samples = kBlockSamples;
   while (samples > 1 && samples * slots > kBlockSamples * kShortSlots) samples /= 2;
   return samples;
+}
+
+// Slots of every sample of a block whose longest train has `longest`.
+LRTT_HD int slot_width(int longest) {
+  if (longest > 32) return (longest + 31) / 32 * 32;
+  int width = 1;
+  while (width < longest) width *= 2;
+  return width;
 }
 
 constexpr double kFixedPoint = 16777216.0;  // 2^24 units per weight unit
@@ -126,7 +137,7 @@ LRTT_HD PulseParams transfer_pulse(const TileParams& t) {
 // Most slots that a train can have, and with it the samples of a block.
 LRTT_HD int most_slots(const PulseParams& p) { return p.fixed_bl || p.max_bl < p.desired_bl ? p.desired_bl : p.max_bl; }
 LRTT_HD int block_samples(const PulseParams& p) { return block_samples(most_slots(p)); }
-LRTT_HD int block_words(const PulseParams& p) { return (block_samples(p) * most_slots(p) + 31) / 32; }
+LRTT_HD int block_words(const PulseParams& p) { return (block_samples(p) * slot_width(most_slots(p)) + 31) / 32; }
 
 // How a job's pulses are made. Each form has kernels of its own, so that the common one pays nothing for the others.
 enum Form : int {

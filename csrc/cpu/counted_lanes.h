@@ -24,27 +24,25 @@ LRTT_HD void generate_values(const Operand& v, int64_t elements, int64_t e0, boo
 }
 
 // Directions of the pulses that fall into the words [begin, end): n pulses of a cell take the first n slots of a
-// sample. `sample` is the first one that may reach into them; `held` as in `run`.
-LRTT_HD void queue_counts(const PulseParams& pulse, const BlockPlan& plan, int begin, int end, const Stream& lanes,
-                          int64_t lane0, int width, const Stream& one, int64_t other, bool lanes_are_x,
-                          uint32_t down_flip, int& sample, uint64_t (&held)[kLanes], Directions& queue) {
+// sample. `held` as in `run_pulses`.
+LRTT_HD void queue_counts(const PulseParams& pulse, const BlockPlan& plan, int begin, int end, const Group& at,
+                          uint64_t (&held)[kLanes], Directions& queue) {
   const int low = begin * 32, high = end * 32;
-  while (sample < plan.samples && plan.offset[sample + 1] <= low) ++sample;
-  for (int s = sample; s < plan.samples && plan.offset[s] < high; ++s) {
-    const uint32_t single = one.bits[s * one.ld + other];
+  for (int s = low / plan.width; s < plan.samples && s * plan.width < high; ++s) {
+    const uint32_t single = at.one.bits[s * at.one.ld + at.other];
     if ((single & 0x7fffffffu) == 0) continue;
     const float each = abs_(from_bits(single));
     const int bl = plan.train[s].bl;
-    const int first = plan.offset[s] < low ? low - plan.offset[s] : 0, last = high - plan.offset[s];
-    const uint32_t* value = lanes.bits + s * lanes.ld + lane0;
+    const int begun = low - s * plan.width, first = begun > 0 ? begun : 0, last = high - s * plan.width;
+    const uint32_t* value = at.lanes.bits + s * at.lanes.ld + at.lane0;
     int many[kLanes];
     for (int l = 0; l < kLanes; ++l) {
       const float own = abs_(from_bits(value[l]));
-      const int n = counted_pulses(pulse.type, lanes_are_x ? own : each, lanes_are_x ? each : own, bl);
+      const int n = counted_pulses(pulse.type, at.lanes_are_x ? own : each, at.lanes_are_x ? each : own, bl);
       many[l] = (n < last ? n : last) - first;
     }
-    for (int l = 0; l < width; ++l) {
-      const uint32_t up = 0u - ((value[l] ^ single ^ down_flip) >> 31);  // x*d negative: an up pulse
+    for (int l = 0; l < at.width; ++l) {
+      const uint32_t up = 0u - ((value[l] ^ single ^ at.down_flip) >> 31);  // x*d negative: an up pulse
       for (int left = many[l]; left > 0; left -= 32) {
         const uint32_t have = queue.count[l], next = have + uint32_t(left < 32 ? left : 32);
         held[l] |= uint64_t(up & (0xffffffffu >> (left < 32 ? 32 - left : 0))) << (have & 31);

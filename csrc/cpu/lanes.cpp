@@ -25,19 +25,6 @@ uint32_t largest(const float* v, int64_t n, int64_t stride) {
   return top;
 }
 
-// Lane l, word k of a chunk is element 4*l + k: one Philox call serves the four words of a lane.
-using Lanes = uint32_t[4][kLanes];
-
-LRTT_HD void random_lanes(uint64_t key, uint32_t group0, uint32_t c1, uint32_t c2, uint32_t c3, Lanes& out) {
-  for (int l = 0; l < kLanes; ++l) {
-    const Words r = philox(key, group0 + uint32_t(l), c1, c2, c3);
-    out[0][l] = r.w[0];
-    out[1][l] = r.w[1];
-    out[2][l] = r.w[2];
-    out[3][l] = r.w[3];
-  }
-}
-
 // The random numbers of stochastic rounding of sample s; only read where a side asks for them.
 LRTT_HD void rounding_lanes(const PulseParams& pulse, const BlockPlan& plan, int s, bool is_x, int64_t e0, uint64_t key,
                             uint32_t step, uint32_t array, Lanes& out) {
@@ -46,7 +33,8 @@ LRTT_HD void rounding_lanes(const PulseParams& pulse, const BlockPlan& plan, int
   random_lanes(key, uint32_t(e0 / 4), c1, step, counter3(kRound, array, 0), out);
 }
 
-// `any`: trains of any length, probabilities on a grid.
+// Lane l, word k of a chunk is element 4*l + k: one Philox call serves the four words of a lane. `any`: trains of any
+// length, probabilities on a grid.
 template <bool any>
 LRTT_HD void generate_bits(const Operand& v, int64_t elements, int64_t e0, bool is_x, const PulseParams& pulse,
                            const BlockPlan& plan, uint64_t key, uint32_t step, uint32_t array, const Stream& out) {
@@ -103,9 +91,7 @@ LRTT_HD void generate_bits(const Operand& v, int64_t elements, int64_t e0, bool 
           if (open == 0) break;
         }
       }
-      const int offset = plan.offset[s] + begin;
-      const int word = offset >> 5, shift = offset & 31;
-      const bool spills = shift + bl > 32;
+      const int offset = s * plan.width + begin, word = offset / 32, shift = offset % 32;
       uint32_t* b0 = out.bits + word * out.ld + e0;
       uint32_t* n0 = out.neg + word * out.ld + e0;
       for (int e = 0; e < width; ++e) {
@@ -113,10 +99,6 @@ LRTT_HD void generate_bits(const Operand& v, int64_t elements, int64_t e0, bool 
         const uint32_t g = f & sign[e & 3][e >> 2];
         b0[e] |= f << shift;
         n0[e] |= g << shift;
-        if (spills) {
-          b0[out.ld + e] |= f >> (32 - shift);
-          n0[out.ld + e] |= g >> (32 - shift);
-        }
       }
     }
   }
@@ -191,6 +173,16 @@ LRTT_HD void step_lanes(const DeviceParams& p, const CellLanes (&c)[planes], con
   }
 }
 
+// Where a lane group stands in the streams: elements lane0 .. lane0 + width - 1 of one side against element `other`.
+struct Group {
+  const Stream &lanes, &one;
+  int64_t lane0, other;
+  int width;
+  bool lanes_are_x;
+  uint32_t down_flip;
+};
+
+#include "burst_lanes.h"
 #include "counted_lanes.h"
 
 void generate(const Operand& v, int64_t elements, int64_t e0, bool is_x, const PulseParams& pulse,
@@ -200,6 +192,48 @@ void generate(const Operand& v, int64_t elements, int64_t e0, bool is_x, const P
     case kAnyBits: generate_bits<true>(v, elements, e0, is_x, pulse, plan, key, step, array, out); break;
     default: generate_values(v, elements, e0, is_x, pulse, plan, key, step, array, out); break;
   }
+}
+
+// A block pulse by pulse, on the cells of a lane group; returns the number of pulses.
+template <class Device, int how, int planes>
+LRTT_HD int64_t run_pulses(const DeviceParams& p, const PulseParams& pulse, const BlockPlan& plan, const Group& at,
+                           const CellLanes (&c)[planes], NoiseLanes& random, float (&w)[planes][kLanes], float* cut,
+                           uint32_t* touched) {
+  const bool counted = form_of(pulse) == kCounted;
+  int64_t pulses = 0;
+  Directions queue{};
+  for (int begin = 0; begin < plan.words; begin += kSegmentWords) {
+    const int end = plan.words - begin < kSegmentWords ? plan.words : begin + kSegmentWords;
+    uint64_t held[kLanes] = {};  // directions not yet written to the queue
+    for (int l = 0; l < kLanes; ++l) queue.count[l] = 0;
+    if (counted)
+      queue_counts(pulse, plan, begin, end, at, held, queue);
+    for (int word = begin; word < (counted ? begin : end); ++word) {
+      const uint32_t ob = at.one.bits[word * at.one.ld + at.other];
+      if (ob == 0) continue;
+      const uint32_t on = at.one.neg[word * at.one.ld + at.other] ^ at.down_flip;
+      const uint32_t* lb = at.lanes.bits + word * at.lanes.ld + at.lane0;
+      const uint32_t* ln = at.lanes.neg + word * at.lanes.ld + at.lane0;
+      for (int l = 0; l < at.width; ++l) {
+        const uint32_t m = lb[l] & ob;
+        if (m == 0) continue;
+        const uint32_t have = queue.count[l], next = have + uint32_t(popcount_(m));
+        held[l] |= uint64_t(extract(ln[l] ^ on, m)) << (have & 31);  // x*d negative: an up pulse
+        if ((have ^ next) & ~31u) {
+          queue.up[have / 32][l] = uint32_t(held[l]);
+          held[l] >>= 32;
+        }
+        queue.count[l] = next;
+      }
+    }
+    for (int l = 0; l < kLanes; ++l) {
+      pulses += queue.count[l];
+      queue.up[queue.count[l] / 32][l] = uint32_t(held[l]);
+      if (how != kPlain) touched[l] |= queue.count[l];
+    }
+    step_lanes<Device, how>(p, c, queue, random, w, cut);
+  }
+  return pulses;
 }
 
 template <class Device, int how>
@@ -238,9 +272,6 @@ LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, i
       c[plane].e2[l] = drawn.e2;
     }
   }
-  int64_t pulses = 0;
-  Directions queue{};
-  const bool counted = form_of(job.pulse) == kCounted;
   const uint32_t number = uint32_t(plan.first_sample / block_samples(job.pulse));  // of this block
   NoiseLanes random{};
   if (p.dw_min_std > 0.0f && plan.words > 0)
@@ -249,38 +280,12 @@ LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, i
       random.state[l] = start.state;
       random.increment[l] = start.increment;
     }
-  int sample = 0;
-  for (int begin = 0; begin < plan.words; begin += kSegmentWords) {
-    const int end = plan.words - begin < kSegmentWords ? plan.words : begin + kSegmentWords;
-    uint64_t held[kLanes] = {};  // directions not yet written to the queue
-    for (int l = 0; l < kLanes; ++l) queue.count[l] = 0;
-    if (counted)
-      queue_counts(job.pulse, plan, begin, end, lanes, lane0, width, one, other, along_columns, down_flip, sample, held,
-                   queue);
-    for (int word = begin; word < (counted ? begin : end); ++word) {
-      const uint32_t ob = one.bits[word * one.ld + other];
-      if (ob == 0) continue;
-      const uint32_t on = one.neg[word * one.ld + other] ^ down_flip;
-      const uint32_t* lb = lanes.bits + word * lanes.ld + lane0;
-      const uint32_t* ln = lanes.neg + word * lanes.ld + lane0;
-      for (int l = 0; l < width; ++l) {
-        const uint32_t m = lb[l] & ob;
-        if (m == 0) continue;
-        const uint32_t have = queue.count[l], next = have + uint32_t(popcount_(m));
-        held[l] |= uint64_t(extract(ln[l] ^ on, m)) << (have & 31);  // x*d negative: an up pulse
-        if ((have ^ next) & ~31u) {
-          queue.up[have / 32][l] = uint32_t(held[l]);
-          held[l] >>= 32;
-        }
-        queue.count[l] = next;
-      }
-    }
-    for (int l = 0; l < kLanes; ++l) {
-      pulses += queue.count[l];
-      queue.up[queue.count[l] / 32][l] = uint32_t(held[l]);
-      if (how != kPlain) touched[l] |= queue.count[l];
-    }
-    step_lanes<Device, how>(p, c, queue, random, w, cut);
+  const Group at{lanes, one, lane0, other, width, along_columns, down_flip};
+  int64_t pulses;
+  if (kLinearStrength<Device> && p.dw_min_std <= 1.0f && plan.width > 1) {
+    pulses = run_bursts<Device, how>(p, job.pulse, plan, at, c, random, w, cut, touched);
+  } else {
+    pulses = run_pulses<Device, how>(p, job.pulse, plan, at, c, random, w, cut, touched);
   }
   for (int l = 0; l < width; ++l) {
     const int64_t i = first + l * stride;

@@ -28,11 +28,11 @@ LRTT_HD void random_lanes(uint64_t key, uint32_t group0, uint32_t c1, uint32_t c
 struct BlockPlan {
   int samples;
   int64_t first_sample;    // global index, the random counter
+  int width;               // slots of every sample
   int words;               // of the stream
   int row[kBlockSamples];  // operand row of each sample
   float eta_sign;          // of the learning rate
   Train train[kBlockSamples];
-  int offset[kBlockSamples + 1];  // first slot of each sample
 };
 
 // bits[word][element], neg[word][element]: where a slot fires, and where the firing operand is negative. Of a counted

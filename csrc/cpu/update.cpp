@@ -40,14 +40,14 @@ size_t workspace_bytes(int64_t m, int64_t n, const PulseParams& pulse) {
 }
 
 void apply_block(const PulseJob& job, BlockPlan& plan, void* workspace, int threads) {
-  int slots = 0;
+  int longest = 0, used = 0;
   for (int s = 0; s < plan.samples; ++s) {
-    plan.offset[s] = slots;
-    slots += plan.train[s].bl;
+    longest = plan.train[s].bl > longest ? plan.train[s].bl : longest;
+    used = plan.train[s].bl > 0 ? s + 1 : used;
   }
-  plan.offset[plan.samples] = slots;
-  plan.words = (slots + 31) / 32;
-  if (plan.words == 0) return;
+  if (longest == 0) return;
+  plan.width = slot_width(longest);
+  plan.words = (used * plan.width + 31) / 32;
 
   auto* memory = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(workspace) + 63) & ~uintptr_t(63));
   Stream x{memory, nullptr, padded(job.n)}, d{nullptr, nullptr, padded(job.m)};

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,6 +65,60 @@ def _deal(cells: Iterator[Tensor], hyper: Tensor, array: int) -> Tensor | None:
     return next(cells) if planes(hyper, array) else None
 
 
+class _Arrays(NamedTuple):
+    """The cells of an array within a block of samples; ``drawn`` counts the noise numbers that a cell has taken."""
+
+    p: models.Params
+    cells: list[models.Cells]
+    own: list[Tensor]
+    cut: Tensor
+    touched: Tensor
+    random: Tensor
+    drawn: Tensor
+
+    def noise(self, mask: Tensor) -> Tensor:
+        """sigma xi of the cells in ``mask``, whose noise numbers go on; 0 elsewhere."""
+        noise = torch.zeros(mask.shape)
+        if self.p["dw_min_std"] > 0 and mask.any():
+            start, increment = (words.expand_as(mask)[mask] for words in self.random[:2])
+            noise[mask] = self.p["dw_min_std"] * rng.noise(start, increment, self.drawn[mask])
+            self.drawn[mask] += 1
+        return noise
+
+    def write(self, plane: int, mask: Tensor, moved: Tensor) -> None:
+        """Let the cells of ``mask`` move, within their bounds."""
+        kept = cell.into_bounds(self.cells[plane], moved)
+        self.cut.add_(torch.where(mask, (moved - kept).abs(), f32(0.0)))
+        self.own[plane].copy_(torch.where(mask, kept, self.own[plane]))
+        self.touched.logical_or_(mask)
+
+
+def _pulse(a: _Arrays, hit: Tensor, up: Tensor) -> None:
+    """One pulse on the cells of ``hit``."""
+    if not hit.any():
+        return
+    noise, pair = a.noise(hit), len(a.own) == 2
+    for plane, w in enumerate(a.own):
+        # The cells of a pair take pulses upwards only, the first those that raise w, the second the others.
+        mine = hit & (up == (plane == 0)) if pair else hit
+        a.write(plane, mine, models.moved(a.p, a.cells[plane], w, up | pair, noise))
+
+
+def _burst(a: _Arrays, n: Tensor, up: Tensor) -> None:
+    """n pulses of one sample: at once where that is a small change, one by one elsewhere."""
+    pair, large = len(a.own) == 2, torch.zeros_like(n, dtype=torch.bool)
+    many = n.float()
+    for plane, w in enumerate(a.own):
+        mine = (n > 0) & (up == (plane == 0)) if pair else n > 0
+        b = models.burst_of(a.p, a.cells[plane], up | pair)
+        small = mine & (many <= b.most)
+        large |= mine & ~small
+        eta = a.noise(small) * many.double().sqrt().float()  # torch's own float32 sqrt may be one ulp off
+        a.write(plane, small, models.burst(a.p, a.cells[plane], b, w, many, eta))
+    for i in range(int(n[large].max()) if large.any() else 0):
+        _pulse(a, large & (n > i), up)
+
+
 def _apply_block(
     w: Tensor,
     held: Tensor | None,
@@ -78,7 +133,7 @@ def _apply_block(
     array: int,
     rules: Rules,
 ) -> None:
-    """Pulses of one block of samples on w, slot after slot. ``descend``: a positive product lowers w."""
+    """Pulses of one block of samples on w, in order. ``descend``: a positive product lowers w."""
     if not any(train[0] for train in trains):
         return
     key, step = int(state[KEY]), int(state[STEP])
@@ -88,36 +143,24 @@ def _apply_block(
     own = [w] if held is None else list(held)  # views
     cells = [models.cells(p, key, array + plane * MINUS, index) for plane in range(len(own))]
     cut, touched = torch.zeros_like(w), torch.zeros(w.shape, dtype=torch.bool)
-    before = torch.zeros(w.shape, dtype=torch.int64)  # pulses that a cell has had
     block = first_sample // rules.block_samples
     random = rng.philox(key, index, block, step, rng.counter3(rng.NOISE, array))
-    for start in range(0, stream.slots, 32):
-        hit, opposite = stream.word(start)
-        up = opposite == descend
-        counts[COUNTS["pulses_a"] + array] += int(hit.sum())
-        turn = before + hit.cumsum(0) - 1  # the number of a pulse among those of its cell
-        before += hit.sum(0)
-        noise = torch.zeros(hit.shape)
-        if p["dw_min_std"] > 0 and hit.any():
-            start, increment = (words.expand_as(turn)[hit] for words in random[:2])
-            noise[hit] = p["dw_min_std"] * rng.noise(start, increment, turn[hit])
-        for slot in range(len(hit)):
-            if not hit[slot].any():
-                continue
-            touched |= hit[slot]
-            for plane, g in enumerate(own):
-                # The cells of a pair take pulses upwards only, the first those that raise w, the second the others.
-                mine = hit[slot] & (up[slot] == (plane == 0)) if len(own) == 2 else hit[slot]
-                moved = models.moved(p, cells[plane], g, up[slot] | (len(own) == 2), noise[slot])
-                kept = cell.into_bounds(cells[plane], moved)
-                cut += torch.where(mine, (moved - kept).abs(), f32(0.0))
-                g.copy_(torch.where(mine, kept, g))
+    arrays = _Arrays(p, cells, own, cut, touched, random, torch.zeros(w.shape, dtype=torch.int64))
+    if models.takes_bursts(p) and max(train[0] for train in trains) > 1:
+        for n, opposite in stream.bursts():
+            counts[COUNTS["pulses_a"] + array] += int(n.sum())
+            _burst(arrays, n, opposite == descend)
+    else:
+        for start in range(0, stream.slots, 32):
+            hit, opposite = stream.word(start)
+            counts[COUNTS["pulses_a"] + array] += int(hit.sum())
+            for slot in range(len(hit)):
+                _pulse(arrays, hit[slot], opposite[slot] == descend)
     if array == C:
         counts[COUNTS["lost"]] += (cut.double() * FIXED_POINT + 0.5).long().sum()
     if len(own) == 2:
         w.copy_(torch.where(touched, own[0] - own[1], w))
     elif held is not None:
-        block = first_sample // rules.block_samples
         w.copy_(torch.where(touched, cell.shown(p, key, array, index, own[0], cell.BY_PULSES, block, step), w))
 
 

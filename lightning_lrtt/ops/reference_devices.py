@@ -138,6 +138,47 @@ def moved(p: Params, c: Cells, w: Tensor, up: Tensor, noise: Tensor) -> Tensor:
     return fma(torch.where(up, c.s_up, -c.s_dn), _strength(p, c, w, up, noise), w)
 
 
+class Burst(NamedTuple):
+    """One direction of cells: csrc/bursts.h."""
+
+    s: Tensor
+    h: Tensor
+    mean: Tensor
+    shake: Tensor
+    most: Tensor  # pulses that may act at once
+
+
+def takes_bursts(p: Params) -> bool:
+    """Whether the pulses of a sample act at once: the strength is linear in the weight, and noise below one step."""
+    return int(p["kind"]) in (CONSTANT, LINEAR, SOFT, SOFT_REFERENCE) and bool(p["dw_min_std"] <= 1)
+
+
+def burst_of(p: Params, c: Cells, up: Tensor) -> Burst:
+    """The numbers of bursts upwards or downwards."""
+    s = torch.where(up, c.s_up, -c.s_dn)
+    h = s * torch.where(up, c.e0, c.e1)
+    small = h.abs() <= 0.0625
+    series = fma(h, f32(0.16666667), f32(0.2))
+    for coefficient in (0.25, 0.33333334, 0.5, 1.0):
+        series = fma(h, series, f32(coefficient))
+    sigma = p["mult_noise"] * p["dw_min_std"]
+    shake = torch.where(small, 1.0 / (1.0 - h), _ONE)
+    mean = torch.where(small, fma(0.5 * h * (shake * shake), sigma * sigma, series), _ONE)
+    return Burst(s, h, mean, shake, torch.where(small, 0.25 / more(h.abs(), f32(1e-9)), _ZERO))
+
+
+def burst(p: Params, c: Cells, b: Burst, w: Tensor, n: Tensor, eta: Tensor) -> Tensor:
+    """w after n pulses with the noise eta = sigma sqrt(n) xi, before clipping."""
+    t = fma(n, b.mean, b.shake * eta if p["mult_noise"] else _ZERO)
+    y = b.h * t
+    e = fma(y, f32(-0.0013888889), f32(0.0083333338))
+    for coefficient in (-0.041666668, 0.16666667, -0.5, 1.0):
+        e = fma(y, e, f32(coefficient))
+    state = w + c.e2 if int(p["kind"]) == SOFT_REFERENCE else w
+    moved = fma(fma(-b.h, state, b.s), e * t, w)
+    return moved if p["mult_noise"] else fma(b.s * eta, fma(-0.5 * b.h, n - 1.0, _ONE), moved)
+
+
 def _strength(p: Params, c: Cells, w: Tensor, up: Tensor, noise: Tensor) -> Tensor:
     """The change of w by one pulse in units of the cell's step."""
     kind = int(p["kind"])

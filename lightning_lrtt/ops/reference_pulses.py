@@ -6,6 +6,7 @@ The numbers of csrc/jobs.h, bit for bit; formulas and meaning in docs/pulses.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -187,6 +188,16 @@ class Coincidences:
                 )
                 for side, (v, purpose) in enumerate(((x, rng.BIT_X), (d, rng.BIT_D)))
             )
+
+    def bursts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """What each sample gives the cells, 32 slots at a time: (pulses of a cell, x d is negative), ``[rows, columns]``."""
+        for s in self.sample.unique().tolist():
+            if self.counts is not None:
+                yield self.counts[s], self.opposite[s]
+                continue
+            slots = (self.sample == s).nonzero().flatten()
+            for piece in slots.split(32):
+                yield (self.d[piece, :, None] & self.x[piece, None, :]).sum(0), self.opposite[s]
 
     def word(self, start: int) -> tuple[Tensor, Tensor]:
         """32 slots from ``start`` on: (a cell is pulsed, x d is negative), ``[slots, rows, columns]`` booleans."""
