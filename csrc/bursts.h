@@ -6,8 +6,8 @@
 // With normal eta of standard deviation sigma, to second order in h eta,
 //   y = h (n mean + shake eta),  eta = sigma sqrt(n) xi,
 //   shake = 1 / (1 - h),  mean = (-log(1 - h) + (h shake sigma)^2 / 2) / h,
-// with a single normal xi. Additive noise (mult_noise = 0) moves the weight by s eta (1 - h (n - 1) / 2) beside it. Bounds
-// clip the burst as a whole.
+// with a single normal xi. Additive noise (mult_noise = 0) moves the weight by s eta (1 - h (n - 1) / 2) beside it.
+// Bounds clip the burst as a whole.
 #pragma once
 
 #include <type_traits>
@@ -27,8 +27,8 @@ constexpr bool kLinearStrength<SoftBounds> = true;
 template <>
 constexpr bool kLinearStrength<SoftBoundsReference> = true;
 
-// Bursts are for cells with |h| up to the first number (the series of mean leaves out h^6 / 7, 8e-9) and for |h| n up to the
-// second (that of E leaves out y^6 / 5040, 5e-8).
+// Bursts are for cells with |h| up to the first number (the series of mean leaves out h^6 / 7, 8e-9) and for |h| n up
+// to the second (that of E leaves out y^6 / 5040, 5e-8).
 constexpr float kSmallStep = 0.0625f, kSmallBurst = 0.25f;
 
 // Whether samples act as bursts. Where pulses go back and forth by more than their size, bounds clip each of them.

@@ -105,8 +105,8 @@ LRTT_HD int64_t run_bursts(const DeviceParams& p, const PulseParams& pulse, cons
       const uint32_t* value = at.lanes.bits + s * at.lanes.ld + at.lane0;
       for (int l = 0; l < at.width; ++l) {
         const float own = abs_(from_bits(value[l]));
-        many[l] = uint32_t(counted_pulses(pulse.type, at.lanes_are_x ? own : each, at.lanes_are_x ? each : own,
-                                          plan.train[s].bl));
+        many[l] = uint32_t(
+            counted_pulses(pulse.type, at.lanes_are_x ? own : each, at.lanes_are_x ? each : own, plan.train[s].bl));
         up[l] = (value[l] ^ single ^ at.down_flip) >> 31;  // x*d negative: an up pulse
       }
       apply();

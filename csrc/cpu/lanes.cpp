@@ -206,8 +206,7 @@ LRTT_HD int64_t run_pulses(const DeviceParams& p, const PulseParams& pulse, cons
     const int end = plan.words - begin < kSegmentWords ? plan.words : begin + kSegmentWords;
     uint64_t held[kLanes] = {};  // directions not yet written to the queue
     for (int l = 0; l < kLanes; ++l) queue.count[l] = 0;
-    if (counted)
-      queue_counts(pulse, plan, begin, end, at, held, queue);
+    if (counted) queue_counts(pulse, plan, begin, end, at, held, queue);
     for (int word = begin; word < (counted ? begin : end); ++word) {
       const uint32_t ob = at.one.bits[word * at.one.ld + at.other];
       if (ob == 0) continue;

@@ -96,6 +96,12 @@ __device__ void run_counts(const DevicePulse& p, int tile_block, int round, cons
       float cut = 0.0f;  // rounded once a block, as on the CPU
       PulseNoise random{};
       if (noisy) random = pulse_noise(key, index, p.first_block + uint32_t(block), step, c3);
+      const bool as_bursts = kLinearStrength<Device> && device.dw_min_std <= 1.0f && p.widths[block] > 1;
+      Burst upwards{}, downwards{};
+      if (as_bursts) {
+        upwards = burst_of<Device>(device, cell, true);
+        downwards = burst_of<Device>(device, how == kPair ? minus_cell : cell, how == kPair);
+      }
       for (int s = 0; s < many_samples; ++s) {
         const int bl = trains[s].bl;
         if (bl == 0) continue;
@@ -103,7 +109,17 @@ __device__ void run_counts(const DevicePulse& p, int tile_block, int round, cons
         const uint32_t d = p.d_bits[int64_t(p.place[block] + s) * job.m + row];
         const int many = counted_pulses(job.pulse.type, abs_(from_bits(x)), abs_(from_bits(d)), bl);
         const bool up = ((x ^ d) >> 31) != uint32_t(flip);  // x*d negative: an up pulse
-        for (int pulse_number = 0; pulse_number < many; ++pulse_number) {
+        const bool at_once = as_bursts && float(many) <= (up ? upwards : downwards).most;
+        if (at_once && many > 0) {
+          if (noisy) random.state = advance(random.state, random.increment);
+          const float eta = noisy ? noise(levels, random.state) * sqrt_(float(many)) : 0.0f;
+          if (how == kPair && !up) {
+            minus = burst<Device>(device, minus_cell, downwards, minus, float(many), eta, cut);
+          } else {
+            w = burst<Device>(device, cell, up ? upwards : downwards, w, float(many), eta, cut);
+          }
+        }
+        for (int pulse_number = 0; pulse_number < many && !at_once; ++pulse_number) {
           float xi = 0.0f;
           if (noisy) {
             random.state = advance(random.state, random.increment);

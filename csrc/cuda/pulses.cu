@@ -1,5 +1,6 @@
 #include "pulses.cuh"
 
+#include <cstddef>
 #include <type_traits>
 
 namespace lrtt::cuda {
@@ -24,6 +25,7 @@ struct Shared {
   Segment<kLongLanes> longer;
   Segment<kShortRows> shorter;
   float levels[2 * kNoiseLevels];
+  float roots[33];  // of 0, 1, ...; behind the levels, by whose address they are found
 };
 
 // Stored words [row0, row0 + words) of the elements from `first` on, zero beyond `elements` and up to a multiple of
@@ -106,9 +108,146 @@ __device__ __forceinline__ float level_of(uint32_t levels, uint32_t state) {
   return level;
 }
 
-// All pulses of kCellThreads cells, block of samples by block of samples. `loses`: count what the bounds cut. `how`:
-// Hold.
+__device__ __forceinline__ float root_of(uint32_t levels, uint32_t n) {
+  float root;
+  asm volatile(
+      "{\n"
+      "  .reg .b32 i;\n"
+      "  mad.lo.u32 i, %1, 4, %2;\n"
+      "  ld.shared.f32 %0, [i + %3];\n"
+      "}"
+      : "=f"(root)
+      : "r"(n), "r"(levels), "n"(int(offsetof(Shared, roots) - offsetof(Shared, levels))));
+  return root;
+}
+
+// What a thread keeps of its cell between pulses. Of a pair, `minus` and `minus_cell` are the second.
+struct Run {
+  Cell cell, minus_cell;
+  float w, minus;
+  PulseNoise random;
+  float cut;  // of a block
+  uint32_t pulses;
+};
+
+// The pulse at the lowest bit of m, which is taken off.
 template <class Device, bool loses, int how>
+__device__ __forceinline__ void one_pulse(const DeviceParams& device, uint32_t levels, uint32_t& m, uint32_t up,
+                                          Run& run) {
+  const uint32_t less = plus(m, 0xffffffffu);
+  const bool upwards = (up & m & ~less) != 0, on_minus = how == kPair && !upwards;
+  m &= less;
+  run.random.state = advance(run.random.state, run.random.increment);
+  const float xi = level_of(levels, run.random.state);
+  float over = 0.0f;
+  const float next = pulse<Device>(device, on_minus ? run.minus_cell : run.cell, on_minus ? run.minus : run.w,
+                                   how == kPair || upwards, xi, over);
+  (on_minus ? run.minus : run.w) = next;
+  if (loses) run.cut += over;
+  run.pulses = plus(run.pulses, 1);
+}
+
+// Up to 32 words of both sides, pulse by pulse. A lane walks its own words: only the number of pulses, not where they
+// lie, makes lanes wait for each other. `dense`: a word has many pulses, and looking for the next one less often pays.
+template <class Device, bool loses, int how>
+__device__ __forceinline__ void walk_pulses(const DeviceParams& device, const uint32_t* short_words,
+                                            const uint32_t* long_words, int words, bool dense, uint32_t levels,
+                                            Run& run) {
+  const uint32_t s = shared_address(short_words), l = shared_address(long_words);
+  uint32_t found = hits(short_words, long_words, words), m = 0, up = 0;
+  if (dense) {
+    while (true) {
+      fetch(s, l, found, m, up);
+      if (m == 0) break;
+      one_pulse<Device, loses, how>(device, levels, m, up, run);
+      if (m != 0) one_pulse<Device, loses, how>(device, levels, m, up, run);
+    }
+  } else {
+    while (true) {
+      fetch(s, l, found, m, up);
+      if (m == 0) break;
+      one_pulse<Device, loses, how>(device, levels, m, up, run);
+    }
+  }
+}
+
+// The coincidences m of one sample, none or some, as a burst. `down` of a pair is the second cell's way up.
+template <class Device, bool loses, int how>
+__device__ __forceinline__ void one_burst(const DeviceParams& device, const Burst& up, const Burst& down, uint32_t m,
+                                          uint32_t signs, uint32_t levels, Run& run) {
+  const uint32_t n = uint32_t(__popc(m));
+  const bool upwards = (signs & m) != 0, on_minus = how == kPair && !upwards;
+  const float many = from_bits(plus(n, 0x4b000000u)) - 8388608.0f;
+  const Burst way{upwards ? up.s : down.s, upwards ? up.h : down.h, upwards ? up.mean : down.mean,
+                  upwards ? up.shake : down.shake, upwards ? up.most : down.most};
+  const Cell& cell = on_minus ? run.minus_cell : run.cell;
+  float& w = on_minus ? run.minus : run.w;
+  run.pulses = plus(run.pulses, n);
+  if (many > way.most) {  // a large burst
+#pragma unroll 1
+    for (uint32_t i = 0; i < n; ++i) {
+      run.random.state = advance(run.random.state, run.random.increment);
+      float over = 0.0f;
+      w = pulse<Device>(device, cell, w, how == kPair || upwards, level_of(levels, run.random.state), over);
+      if (loses) run.cut += over;
+    }
+    return;
+  }
+  const uint32_t next = advance(run.random.state, run.random.increment);
+  const float eta = level_of(levels, next) * root_of(levels, n);
+  float over = 0.0f;
+  const float moved = burst<Device>(device, cell, way, w, many, eta, over);
+  if (n != 0) {
+    run.random.state = next;
+    w = moved;
+    if (loses) run.cut += over;
+  }
+}
+
+// The samples of words in which most samples have a coincidence: all of them, without a search.
+template <class Device, bool loses, int how>
+__device__ __forceinline__ void all_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
+                                           const uint32_t* short_bits, const uint32_t* short_neg,
+                                           const uint32_t* long_bits, const uint32_t* long_neg, int words, int width,
+                                           uint32_t levels, Run& run) {
+  const uint32_t slots = 0xffffffffu >> (32 - width);
+#pragma unroll 1
+  for (int i = 0; i < words; i += 4) {  // words beyond are zero
+    const auto four = [i](const uint32_t* v) { return *reinterpret_cast<const uint4*>(v + i); };
+    const uint4 a = four(short_bits), b = four(long_bits), c = four(short_neg), d = four(long_neg);
+    const uint32_t m[4] = {a.x & b.x, a.y & b.y, a.z & b.z, a.w & b.w},
+                   signs[4] = {c.x ^ d.x, c.y ^ d.y, c.z ^ d.z, c.w ^ d.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll 1
+      for (uint32_t own = slots; own != 0; own = width < 32 ? own << width : 0)
+        one_burst<Device, loses, how>(device, up, down, m[k] & own, signs[k], levels, run);
+    }
+  }
+}
+
+// Up to 32 words of both sides, sample by sample of those that have a coincidence.
+template <class Device, bool loses, int how>
+__device__ __forceinline__ void walk_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
+                                            const uint32_t* short_words, const uint32_t* long_words, int words,
+                                            int width, uint32_t levels, Run& run) {
+  const uint32_t s = shared_address(short_words), l = shared_address(long_words), slots = 0xffffffffu >> (32 - width);
+  uint32_t found = hits(short_words, long_words, words), m = 0, signs = 0;
+  while (true) {
+    fetch(s, l, found, m, signs);
+    if (m == 0) break;
+    const uint32_t own = m & (slots << ((__ffs(int(m)) - 1) & ~(width - 1)));
+    m ^= own;
+    one_burst<Device, loses, how>(device, up, down, own, signs, levels, run);
+  }
+}
+
+// Samples of at most so many slots seldom have a coincidence each.
+constexpr int kSparseSlots = 4;
+
+// All pulses of kCellThreads cells, block of samples by block of samples. `loses`: count what the bounds cut. `how`:
+// Hold. `bursts`: the device takes them.
+template <class Device, bool loses, int how, bool bursts>
 __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, int round, Shared& shared) {
   const PulseJob& job = p.job;
   const DeviceParams device = job.device;
@@ -127,24 +266,29 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
                                        : uint32_t(long0 + mine) * uint32_t(job.n) + uint32_t(short0 + row);
   const CellId id{key, uint32_t(job.array), index};
   const int64_t size = int64_t(job.m) * job.n;
-  float w = live ? (how == kPlain ? job.w : job.cells)[index] + 0.0f : 0.0f, minus = 0.0f;
-  uint32_t pulses = 0, last_touch = 0;
+  Run run{};
+  run.w = live ? (how == kPlain ? job.w : job.cells)[index] + 0.0f : 0.0f;
+  uint32_t last_touch = 0;
   int64_t lost = 0;
-  Cell cell{}, minus_cell{};  // the second of a pair
-  if (live) cell = draw_cell<Device>(device, id);
+  if (live) run.cell = draw_cell<Device>(device, id);
   if (how == kPair && live) {
-    minus = job.cells[size + index] + 0.0f;
-    minus_cell = draw_cell<Device>(device, minus_of(id));
+    run.minus = job.cells[size + index] + 0.0f;
+    run.minus_cell = draw_cell<Device>(device, minus_of(id));
   }
   const uint32_t levels = shared_address(shared.levels);
   const int last = p.begin[round + 1];
   for (int block = p.begin[round]; block < last; ++block) {
-    const int words = p.words[block];
+    const int words = p.words[block], width = p.widths[block];
     const bool dense = 4 * words >= p.samples;
-    const uint32_t before = pulses;
-    float cut = 0.0f;  // rounded once a block, as on the CPU
-    PulseNoise random{};
-    if (noisy && words > 0) random = pulse_noise(key, index, p.first_block + uint32_t(block), step, c3);
+    const uint32_t before = run.pulses;
+    run.cut = 0.0f;  // rounded once a block, as on the CPU
+    run.random = PulseNoise{};
+    if (noisy && words > 0) run.random = pulse_noise(key, index, p.first_block + uint32_t(block), step, c3);
+    Burst up{}, down{};
+    if (bursts && width > 1) {
+      up = burst_of<Device>(device, run.cell, true);
+      down = burst_of<Device>(device, how == kPair ? run.minus_cell : run.cell, how == kPair);
+    }
     for (int begin = 0; begin < words; begin += kSegmentWords) {
       const int many = min(words - begin, kSegmentWords);
       __syncthreads();  // the segment before is done with
@@ -155,51 +299,33 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
                   shared.longer);
       __syncthreads();
       if (!live) continue;
+      if (bursts && width > kSparseSlots) {
+        all_bursts<Device, loses, how>(device, up, down, shared.shorter.bits[row], shared.shorter.neg[row],
+                                       shared.longer.bits[mine], shared.longer.neg[mine], many, min(width, 32), levels,
+                                       run);
+        continue;
+      }
       for (int group = 0; group < many; group += 32) {
         const uint32_t *short_words = &shared.shorter.bits[row][group], *long_words = &shared.longer.bits[mine][group];
-        const uint32_t s = shared_address(short_words), l = shared_address(long_words);
-        uint32_t found = hits(short_words, long_words, min(many - group, 32)), m = 0, up = 0;
-        const auto one_pulse = [&] {
-          const uint32_t less = plus(m, 0xffffffffu);
-          const bool upwards = (up & m & ~less) != 0, on_minus = how == kPair && !upwards;
-          m &= less;
-          random.state = advance(random.state, random.increment);
-          const float xi = level_of(levels, random.state);
-          float over = 0.0f;
-          const float next = pulse<Device>(device, on_minus ? minus_cell : cell, on_minus ? minus : w,
-                                           how == kPair || upwards, xi, over);
-          (on_minus ? minus : w) = next;
-          if (loses) cut += over;
-          pulses = plus(pulses, 1);
-        };
-        // A lane walks its own words: only the number of pulses, not where they lie, makes lanes wait for each other.
-        if (dense) {  // long trains: a word has many pulses, and looking for the next one less often pays
-          while (true) {
-            fetch(s, l, found, m, up);
-            if (m == 0) break;
-            one_pulse();
-            if (m != 0) one_pulse();
-          }
+        const int here = min(many - group, 32);
+        if (bursts && width > 1) {
+          walk_bursts<Device, loses, how>(device, up, down, short_words, long_words, here, width, levels, run);
         } else {
-          while (true) {
-            fetch(s, l, found, m, up);
-            if (m == 0) break;
-            one_pulse();
-          }
+          walk_pulses<Device, loses, how>(device, short_words, long_words, here, dense && !bursts, levels, run);
         }
       }
     }
-    if (loses) lost += int64_t(double(cut) * kFixedPoint + 0.5);
-    if (how == kNoisy && pulses != before) last_touch = p.first_block + uint32_t(block);
+    if (loses) lost += int64_t(double(run.cut) * kFixedPoint + 0.5);
+    if (how == kNoisy && run.pulses != before) last_touch = p.first_block + uint32_t(block);
   }
   if (how == kPlain) {
-    if (live) job.w[index] = w;
-  } else if (live && pulses) {
-    job.cells[index] = w;
-    if (how == kPair) job.cells[size + index] = minus;
-    job.w[index] = how == kPair ? w - minus : shown(device, id, w, kByPulses, last_touch, step);
+    if (live) job.w[index] = run.w;
+  } else if (live && run.pulses) {
+    job.cells[index] = run.w;
+    if (how == kPair) job.cells[size + index] = run.minus;
+    job.w[index] = how == kPair ? run.w - run.minus : shown(device, id, run.w, kByPulses, last_touch, step);
   }
-  const int64_t all_pulses = warp_sum(int64_t(pulses));
+  const int64_t all_pulses = warp_sum(int64_t(run.pulses));
   if (threadIdx.x % 32 == 0 && all_pulses) add(job.counts + k_pulses_a + job.array, all_pulses);
   if (loses) {
     const int64_t all_lost = warp_sum(lost);
@@ -207,15 +333,16 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
   }
 }
 
-// One kernel a device model and Hold, so that each has the registers it needs. Resident blocks run through the cells of
-// all jobs.
-template <class Device, bool loses, int how>
+// One kernel a device model, Hold and way to take samples, so that each has the registers it needs. Resident blocks run
+// through the cells of all jobs.
+template <class Device, bool loses, int how, bool bursts>
 __global__ void __launch_bounds__(kCellThreads, kCellBlocks)
     apply_pulses(const DevicePulse* table, int count, int64_t blocks, int round, const float* levels,
                  Predicate predicate) {
   extern __shared__ uint4 shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   if (predicate.jobs && !any_fires(predicate, count)) return;
+  if (threadIdx.x < 33) shared.roots[threadIdx.x] = sqrt_(float(threadIdx.x));
   float sigma = -1.0f;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const DevicePulse& p = find_job(table, count, block, &DevicePulse::first_cell_block);
@@ -229,7 +356,7 @@ __global__ void __launch_bounds__(kCellThreads, kCellBlocks)
         shared.levels[i + kNoiseLevels] = -(sigma * levels[i]);
       }
     }
-    run_cells<Device, loses, how>(p, int(block - p.first_cell_block), round, shared);
+    run_cells<Device, loses, how, bursts>(p, int(block - p.first_cell_block), round, shared);
   }
 }
 
@@ -287,6 +414,7 @@ DevicePulse describe(const PulseJob& job, const PulseParams& pulse) {
 bool kernel_order(const PulseJob& a, const PulseJob& b) {
   if (form_of(a.pulse) != form_of(b.pulse)) return form_of(a.pulse) < form_of(b.pulse);
   if (hold(a.device) != hold(b.device)) return hold(a.device) < hold(b.device);
+  if (takes_bursts(a.device) != takes_bursts(b.device)) return takes_bursts(a.device) < takes_bursts(b.device);
   return a.device.kind != b.device.kind ? a.device.kind < b.device.kind : (a.array == kC) < (b.array == kC);
 }
 
@@ -303,7 +431,7 @@ std::vector<PulseSet> arrange(std::vector<DevicePulse>& jobs, Arena& arena) {
     p.words = arena.take<int>(size_t(p.blocks));
     p.place = arena.take<int>(size_t(p.blocks));
     p.begin = arena.take<int>(size_t(most_rounds) + 1);
-    p.starts = arena.take<int>(p.form == kCounted ? 0 : size_t(p.blocks) * size_t(p.block_words));
+    p.widths = arena.take<int>(size_t(p.blocks));
   }
   std::vector<PulseSet> sets;
   Arena most = arena;  // the sets use one region of streams in turn
@@ -348,12 +476,21 @@ void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table
         }
         with_device(int(end.job.device.kind), [&](auto device) {
           using Device = decltype(device);
+          constexpr bool linear = kLinearStrength<Device>;
           const auto launch = [&](auto loses, auto how) {
-            const auto kernel = apply_pulses<Device, decltype(loses)::value, decltype(how)::value>;
-            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(Shared))),
-                  "pulse kernels");
-            kernel<<<grid, kCellThreads, sizeof(Shared), stream>>>(table + first, last - first, blocks, round, levels,
-                                                                   from(first));
+            const auto run = [&](auto bursts) {
+              const auto kernel =
+                  apply_pulses<Device, decltype(loses)::value, decltype(how)::value, decltype(bursts)::value>;
+              check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(sizeof(Shared))),
+                    "pulse kernels");
+              kernel<<<grid, kCellThreads, sizeof(Shared), stream>>>(table + first, last - first, blocks, round, levels,
+                                                                     from(first));
+            };
+            if (takes_bursts(end.job.device)) {
+              run(std::integral_constant<bool, linear>{});
+            } else {
+              run(std::false_type{});
+            }
           };
           const auto launch_held = [&](auto loses) {
             switch (hold(end.job.device)) {

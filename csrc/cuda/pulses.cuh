@@ -16,11 +16,10 @@ constexpr int kWordThreads = 128;
 constexpr int kLongLanes = 32;                         // cells of a warp lie along the longer side
 constexpr int kShortRows = kCellThreads / kLongLanes;  // one warp per index of the shorter side
 
-// The train of one sample and its first slot in the block's stream: one 16-byte load.
+// The train of one sample: one 16-byte load.
 struct alignas(16) Planned {
   int bl;
   float sx, sd;
-  int first;
 };
 
 // A PulseJob and its scratch. Streams are [stream row][element]; a row is a word of slots, or of a counted train a
@@ -43,7 +42,7 @@ struct DevicePulse {
   int* words;         // [blocks], stream rows
   int* place;         // [blocks], first stream row of a block in its round
   int* begin;         // [most_rounds + 1], round r takes blocks begin[r] .. begin[r + 1] - 1
-  int* starts;        // [blocks][block_words], the sample that has a word's first slot; not of counted trains
+  int* widths;        // [blocks], slots of every sample
   uint32_t *x_bits, *x_neg, *d_bits, *d_neg;
   int64_t first_sample_warp, first_plan_block, first_cell_block;
 };
@@ -117,18 +116,6 @@ __device__ __forceinline__ void place_blocks(const DevicePulse& p) {
   for (int r = round + 1 + lane; r <= p.most_rounds; r += 32) p.begin[r] = p.blocks;
 }
 
-// Notes the words whose first slot belongs to sample s of a block: one thread a sample.
-__device__ __forceinline__ void mark_words(const DevicePulse& p, int block, int s, int first, int bl) {
-  if (p.form == kCounted) return;
-  int* starts = p.starts + int64_t(block) * p.block_words;
-  for (int word = (first + 31) / 32; 32 * word < first + bl; ++word) starts[word] = s;
-}
-
-// Stream rows of a block whose trains take `words` words.
-__device__ __forceinline__ int stream_rows(const DevicePulse& p, int words) {
-  return p.form == kCounted && words > 0 ? p.samples : words;
-}
-
 // The block of a round that holds a stream row: the last one that begins at or before it.
 __device__ __forceinline__ int block_of_row(const DevicePulse& p, int round, int row) {
   int block = p.begin[round];
@@ -189,26 +176,27 @@ __device__ __forceinline__ void load4(const Operand& v, int64_t at, int left, fl
   for (int k = 0; k < 4; ++k) value[k] = k < left ? load(v, at + k * v.es) : 0.0f;
 }
 
-// The first slots of a block's trains, by all kBlockSamples threads (bl = 0 beyond its samples); returns the number of
-// words.
-__device__ __forceinline__ int scan_trains(int bl, int& first) {
-  __shared__ int sums[kBlockSamples / 32];
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  int running = bl;
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(0xffffffffu, running, step);
-    if (lane >= step) running += other;
+// The slots of a block's samples, by all kBlockSamples threads (bl = 0 beyond its samples): slot_width of the longest
+// train, and as many stream rows as the last train needs.
+__device__ __forceinline__ void lay_out(const DevicePulse& p, int block, int bl) {
+  __shared__ int longest[kBlockSamples / 32], used[kBlockSamples / 32];
+  const int warp = int(threadIdx.x / 32);
+  int top = int(warp_max(uint32_t(bl))), last = int(warp_max(bl > 0 ? threadIdx.x + 1 : 0u));
+  if (threadIdx.x % 32 == 0) {
+    longest[warp] = top;
+    used[warp] = last;
   }
-  if (lane == 31) sums[warp] = running;
   __syncthreads();
-  int before = 0, total = 0;
-  for (int w = 0; w < kBlockSamples / 32; ++w) {
-    before += w < warp ? sums[w] : 0;
-    total += sums[w];
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < kBlockSamples / 32; ++w) {
+      top = max(top, longest[w]);
+      last = max(last, used[w]);
+    }
+    const int width = slot_width(top);
+    p.widths[block] = width;
+    p.words[block] = top == 0 ? 0 : p.form == kCounted ? p.samples : (last * width + 31) / 32;
   }
-  first = before + running - bl;
-  __syncthreads();  // sums may be reused
-  return (total + 31) / 32;
+  __syncthreads();  // the sums may be reused
 }
 
 }  // namespace lrtt::cuda

@@ -1,4 +1,6 @@
 // Streams of bits: of every element of both sides, in which slots it fires and where it is negative.
+#include <type_traits>
+
 #include "pulses.cuh"
 
 namespace lrtt::cuda {
@@ -107,7 +109,7 @@ __device__ __forceinline__ uint32_t upper_bit(uint32_t v) {
   return bit;
 }
 
-// Trains of up to kDirectSlots slots, one uniform each: those of the slots shift, shift + 1, ... that the word has.
+// Trains of up to kDirectSlots slots, one uniform each, from slot `shift` of the word on.
 __device__ __forceinline__ void fire_directly(const Side& side, const uint32_t (&element)[4], float scale, int bl,
                                               int shift, int group, uint32_t sample, uint32_t (&bits)[4],
                                               uint32_t (&neg)[4]) {
@@ -119,10 +121,8 @@ __device__ __forceinline__ void fire_directly(const Side& side, const uint32_t (
   for (int k = 0; k < 4; ++k) sign[k] = upper_bit(element[k]);
 #pragma unroll 1
   for (int slot = 0; slot < bl; ++slot) {
-    const uint32_t place = uint32_t(shift + slot);
-    if (place >= 32) continue;
     const Words r = philox(side.key, uint32_t(group), sample * 64u + uint32_t(slot), side.step, side.c3);
-    const uint32_t mask = 1u << place;
+    const uint32_t mask = 1u << (shift + slot);
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       add_where_below(bits[k], mask, r.w[k], limit[k]);
@@ -193,57 +193,46 @@ __device__ __forceinline__ uint32_t or_parts(uint32_t v) {
   return v;
 }
 
-// Word `word` of a block's stream, for kWarpGroups groups of one side, by a warp: thread (part, group) takes every
-// kParts-th sample from `first` on, which has the word's first slot.
+// Word `word` of a block whose words hold several samples, for kWarpGroups groups of one side, by a warp: thread (part,
+// group) takes every kParts-th of its samples.
 template <Access kind, bool any>
 __device__ __forceinline__ void make_word(const Operand& v, int elements, const BlockView& samples, const Side& side,
-                                          int word, int first, int chunk, uint32_t* to_bits_, uint32_t* to_neg) {
+                                          int word, int width, int chunk, uint32_t* to_bits_, uint32_t* to_neg) {
   const int lane = int(threadIdx.x % 32), part = lane / kWarpGroups, group = chunk * kWarpGroups + lane % kWarpGroups;
-  const int low = word * 32;
   const bool inside = 4 * group < elements;
   const Reader<kind> reader(v, elements, group, samples);
   uint32_t bits[4] = {}, neg[4] = {};
-  for (int many = 32; many == 32; first += 32) {  // 32 trains at a time, one a lane
-    Planned mine{0, 0.0f, 0.0f, low + 32};
-    if (first + lane < samples.samples) mine = samples.trains[first + lane];
-    many = __popc(__ballot_sync(0xffffffffu, mine.first < low + 32));
-    const float my_scale = side.is_x ? mine.sx : mine.sd;
-    const uint32_t my_slots = uint32_t(mine.bl) << 16 | uint32_t(mine.first);
+  const int first = word * (32 / width), many = min(32 / width, samples.samples - first);
+  Planned mine{0, 0.0f, 0.0f};  // 32 trains at most, one a lane
+  if (lane < many) mine = samples.trains[first + lane];
+  const float my_scale = side.is_x ? mine.sx : mine.sd;
 #pragma unroll 1
-    for (int i = part; i - part < many; i += kParts * kAhead) {
-      uint4 raw[kAhead];
+  for (int i = part; i - part < many; i += kParts * kAhead) {
+    uint4 raw[kAhead];
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u)
-        if (i + u * kParts < many && inside) raw[u] = reader.read(first + i + u * kParts);
+    for (int u = 0; u < kAhead; ++u)
+      if (i + u * kParts < many && inside) raw[u] = reader.read(first + i + u * kParts);
 #pragma unroll
-      for (int u = 0; u < kAhead; ++u) {
-        const int at = i + u * kParts;
-        const float scale = __shfl_sync(0xffffffffu, my_scale, at);
-        const uint32_t slots = __shfl_sync(0xffffffffu, my_slots, at);
-        const int bl = int(slots >> 16);
-        if (at >= many || !inside || bl == 0) continue;
-        const uint4 value = Reader<kind>::decode(raw[u]);
-        const uint32_t element[4] = {value.x, value.y, value.z, value.w};
-        const uint32_t sample = uint32_t(samples.first_sample) + uint32_t(first + at);
-        int shift = int(slots & 0xffffu) - low;
-        if (!any && bl <= kDirectSlots) {
-          fire_directly(side, element, scale, bl, shift, group, sample, bits, neg);
-          continue;
-        }
-        int piece = any && shift < 0 ? -shift / 32 : 0;  // pieces that end before the word are passed over
-        if (any) shift += 32 * piece;
-        do {
-          uint32_t fired[4];
-          fire<any>(side, element, scale, bl, group, sample, piece, fired);
+    for (int u = 0; u < kAhead; ++u) {
+      const int at = i + u * kParts;
+      const float scale = __shfl_sync(0xffffffffu, my_scale, at);
+      const int bl = __shfl_sync(0xffffffffu, mine.bl, at);
+      if (at >= many || !inside || bl == 0) continue;
+      const uint4 value = Reader<kind>::decode(raw[u]);
+      const uint32_t element[4] = {value.x, value.y, value.z, value.w};
+      const uint32_t sample = uint32_t(samples.first_sample) + uint32_t(first + at);
+      const int shift = at * width;
+      if (!any && bl <= kDirectSlots) {
+        fire_directly(side, element, scale, bl, shift, group, sample, bits, neg);
+        continue;
+      }
+      uint32_t fired[4];
+      fire<any>(side, element, scale, bl, group, sample, 0, fired);
 #pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const uint32_t f = shift >= 0 ? fired[k] << shift : fired[k] >> -shift;
-            bits[k] |= f;
-            neg[k] |= f & (0u - (element[k] >> 31));
-          }
-          ++piece;
-          shift += 32;
-        } while (any && 32 * piece < bl && shift < 32);
+      for (int k = 0; k < 4; ++k) {
+        const uint32_t f = fired[k] << shift;
+        bits[k] |= f;
+        neg[k] |= f & (0u - (element[k] >> 31));
       }
     }
   }
@@ -256,6 +245,46 @@ __device__ __forceinline__ void make_word(const Operand& v, int elements, const 
       to_bits_[e] = all_bits;
       to_neg[e] = all_neg;
     }
+  }
+}
+
+// Word `word` of a block whose words belong to one sample each, and the next one, by a warp: thread (part, group) makes
+// word + part. A sample of more than 32 slots has several words, its pieces.
+template <Access kind, bool any>
+__device__ __forceinline__ void make_whole_words(const Operand& v, int elements, const BlockView& samples,
+                                                 const Side& side, int word, int words, int width, int chunk,
+                                                 uint32_t* to_bits_, uint32_t* to_neg) {
+  const int lane = int(threadIdx.x % 32), part = lane / kWarpGroups, group = chunk * kWarpGroups + lane % kWarpGroups;
+  word += part;
+  if (word >= words || 4 * group >= elements) return;
+  const int s = any ? word / (width / 32) : word, piece = any ? word % (width / 32) : 0;
+  const Planned train = samples.trains[s];
+  const Reader<kind> reader(v, elements, group, samples);
+  uint32_t fired[4] = {}, neg[4] = {};
+  if (train.bl > 32 * piece) {
+    const uint4 value = Reader<kind>::decode(reader.read(s));
+    const uint32_t element[4] = {value.x, value.y, value.z, value.w};
+    const uint32_t sample = uint32_t(samples.first_sample) + uint32_t(s);
+    const float scale = side.is_x ? train.sx : train.sd;
+    if (!any && train.bl <= kDirectSlots) {
+      fire_directly(side, element, scale, train.bl, 0, group, sample, fired, neg);
+    } else {
+      fire<any>(side, element, scale, train.bl, group, sample, piece, fired);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) neg[k] = 0u - (element[k] >> 31);
+    }
+  }
+  const int64_t at = int64_t(part) * elements + 4 * group;
+  if (elements % 4 == 0) {
+    *reinterpret_cast<uint4*>(to_bits_ + at) = make_uint4(fired[0], fired[1], fired[2], fired[3]);
+    *reinterpret_cast<uint4*>(to_neg + at) = make_uint4(neg[0], neg[1], neg[2], neg[3]);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (4 * group + k >= elements) break;
+    to_bits_[at + k] = fired[k];
+    to_neg[at + k] = neg[k];
   }
 }
 
@@ -273,15 +302,22 @@ __device__ __forceinline__ void make_words(const DevicePulse& p, uint32_t task, 
   const BlockView samples = view(p, block, any ? p.samples : kBlockSamples);
   const Operand& v = is_x ? p.job.x : p.job.d;
   const Side side(p.job, is_x);
-  const int first = p.starts[int64_t(block) * p.block_words + word];
+  const int width = p.widths[block], words = p.words[block];
+  if (width >= 32 && word % 2 != 0) return;  // made with the one before
   uint32_t* bits = (is_x ? p.x_bits : p.d_bits) + int64_t(row) * elements;
   uint32_t* neg = (is_x ? p.x_neg : p.d_neg) + int64_t(row) * elements;
+  const auto make = [&](auto how) {
+    constexpr Access kind = decltype(how)::value;
+    if (width >= 32) {
+      make_whole_words<kind, any>(v, elements, samples, side, word, words, width, chunk, bits, neg);
+    } else {
+      make_word<kind, any>(v, elements, samples, side, word, width, chunk, bits, neg);
+    }
+  };
   switch (access(v, elements, samples.rows)) {
-    case kVectorFloat: make_word<kVectorFloat, any>(v, elements, samples, side, word, first, chunk, bits, neg); break;
-    case kVectorBFloat16:
-      make_word<kVectorBFloat16, any>(v, elements, samples, side, word, first, chunk, bits, neg);
-      break;
-    case kScattered: make_word<kScattered, any>(v, elements, samples, side, word, first, chunk, bits, neg); break;
+    case kVectorFloat: make(std::integral_constant<Access, kVectorFloat>{}); break;
+    case kVectorBFloat16: make(std::integral_constant<Access, kVectorBFloat16>{}); break;
+    case kScattered: make(std::integral_constant<Access, kScattered>{}); break;
   }
 }
 

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kBlockSamples)
   const bool residual = keeps_residual(t.job, force);
   for (int q = int(threadIdx.x / 32); q < t.job.r; q += kBlockSamples / 32) plan_term(t.job, q, residual, t.terms[q]);
   for (int s = int(threadIdx.x); s < p.blocks * p.samples; s += kBlockSamples) {
-    p.trains[s] = Planned{0, 0.0f, 0.0f, 0};
+    p.trains[s] = Planned{0, 0.0f, 0.0f};
     p.rows[s] = 0;
   }
   __syncthreads();
@@ -102,21 +102,13 @@ __global__ void __launch_bounds__(kBlockSamples)
   for (int q = int(threadIdx.x); q < t.job.r; q += kBlockSamples) {
     const Term& term = t.terms[q];
     for (int word = term.first_word; word < term.first_word + term.words; ++word) {
-      p.trains[word] = Planned{term.train.bl, term.train.sx, term.train.sd, 0};
+      p.trains[word] = Planned{term.train.bl, term.train.sx, term.train.sd};
       p.rows[word] = q;
     }
   }
   __syncthreads();
-  for (int block = 0; block < p.blocks; ++block) {
-    Planned* const t = int(threadIdx.x) < p.samples ? p.trains + block * p.samples + threadIdx.x : nullptr;
-    int first;
-    const int words = scan_trains(t ? t->bl : 0, first);
-    if (t) {
-      t->first = first;
-      mark_words(p, block, int(threadIdx.x), first, t->bl);
-    }
-    if (threadIdx.x == 0) p.words[block] = stream_rows(p, words);
-  }
+  for (int block = 0; block < p.blocks; ++block)
+    lay_out(p, block, int(threadIdx.x) < p.samples ? p.trains[block * p.samples + int(threadIdx.x)].bl : 0);
   __syncthreads();
   if (threadIdx.x < 32) place_blocks(p);
 }

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(32 * kMaximaWarps) sample_maxima(const DeviceP
   }
 }
 
-// Trains and offsets, one thread block per block of samples.
+// Trains and their slots, one thread block per block of samples.
 __global__ void __launch_bounds__(kBlockSamples) plan_trains(const DevicePulse* table, int count, float* levels) {
   fill_levels(levels, int(blockIdx.x * kBlockSamples + threadIdx.x), int(gridDim.x * kBlockSamples));
   const DevicePulse& p = find_job(table, count, int64_t(blockIdx.x), &DevicePulse::first_plan_block);
@@ -63,17 +63,10 @@ __global__ void __launch_bounds__(kBlockSamples) plan_trains(const DevicePulse* 
   bool finite = true;
   if (mine && s < p.job.samples)
     train = plan_train(*p.job.eta, p.maxima[2 * s], p.maxima[2 * s + 1], p.job.device.granularity, p.job.pulse, finite);
-  int first;
-  const int words = scan_trains(train.bl, first);
-  if (mine) {
-    p.trains[s] = Planned{train.bl, train.sx, train.sd, first};
-    mark_words(p, block, int(threadIdx.x), first, train.bl);
-  }
+  if (mine) p.trains[s] = Planned{train.bl, train.sx, train.sd};
+  lay_out(p, block, train.bl);
   const int bad = __syncthreads_count(!finite);
-  if (threadIdx.x == 0) {
-    p.words[block] = stream_rows(p, words);
-    if (bad) count_nonfinite(p.job.counts, p.job.state[kStep], bad);
-  }
+  if (threadIdx.x == 0 && bad) count_nonfinite(p.job.counts, p.job.state[kStep], bad);
 }
 
 __global__ void __launch_bounds__(32) pack_rounds(const DevicePulse* table) { place_blocks(table[blockIdx.x]); }
