@@ -248,6 +248,61 @@ __device__ __forceinline__ void make_word(const Operand& v, int elements, const 
   }
 }
 
+// Word `word` of a block whose trains are single slots or none, whose scale is 0: the most frequent case, without a
+// branch on the train. Thread (part, group) takes half of the samples, in order; two at a time hide each other's
+// latencies.
+template <Access kind>
+__device__ __forceinline__ void make_single_slots(const Operand& v, int elements, const BlockView& samples,
+                                                  const Side& side, int word, int chunk, uint32_t* to_bits_,
+                                                  uint32_t* to_neg) {
+  constexpr int half = 32 / kParts;
+  const int lane = int(threadIdx.x % 32), part = lane / kWarpGroups, group = chunk * kWarpGroups + lane % kWarpGroups;
+  const bool inside = 4 * group < elements;
+  const Reader<kind> reader(v, elements, group, samples);
+  const int first = word * 32 + part * half, many = inside ? samples.samples - first : 0;
+  float my_scale = 0.0f;
+  if (word * 32 + lane < samples.samples) {
+    const Planned& mine = samples.trains[word * 32 + lane];
+    my_scale = side.is_x ? mine.sx : mine.sd;
+  }
+  uint32_t bits[4] = {}, neg[4] = {}, sample = (uint32_t(samples.first_sample) + uint32_t(first)) * 64u, mask = 1u;
+  uint4 raw[2], next[2];
+#pragma unroll
+  for (int u = 0; u < 2; ++u) next[u] = u < many ? reader.read(first + u) : uint4{};
+#pragma unroll 1
+  for (int i = 0; i < half; i += 2) {
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      raw[u] = next[u];
+      next[u] = i + 2 + u < min(many, half) ? reader.read(first + i + 2 + u) : uint4{};
+    }
+    Words r[2];
+#pragma unroll
+    for (int u = 0; u < 2; ++u, sample += 64u) r[u] = philox(side.key, uint32_t(group), sample, side.step, side.c3);
+#pragma unroll
+    for (int u = 0; u < 2; ++u, mask *= 2u) {
+      const float scale = __shfl_sync(0xffffffffu, my_scale, part * half + i + u);
+      const uint4 value = Reader<kind>::decode(raw[u]);
+      const uint32_t element[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        add_where_below(bits[k], mask, r[u].w[k], threshold(fabsf(from_bits(element[k])) * scale));
+        neg[k] = __funnelshift_l(element[k], neg[k], 1);  // the last sample's sign lowest
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const uint32_t all_bits = or_parts(bits[k] << (part * half)),
+                   all_neg = or_parts((__brev(neg[k]) >> (32 - half)) << (part * half));
+    const int e = 4 * group + k;
+    if (part == k % kParts && e < elements) {
+      to_bits_[e] = all_bits;
+      to_neg[e] = all_neg;
+    }
+  }
+}
+
 // Word `word` of a block whose words belong to one sample each, and the next one, by a warp: thread (part, group) makes
 // word + part. A sample of more than 32 slots has several words, its pieces.
 template <Access kind, bool any>
@@ -308,7 +363,9 @@ __device__ __forceinline__ void make_words(const DevicePulse& p, uint32_t task, 
   uint32_t* neg = (is_x ? p.x_neg : p.d_neg) + int64_t(row) * elements;
   const auto make = [&](auto how) {
     constexpr Access kind = decltype(how)::value;
-    if (width >= 32) {
+    if (!any && width == 1) {
+      make_single_slots<kind>(v, elements, samples, side, word, chunk, bits, neg);
+    } else if (width >= 32) {
       make_whole_words<kind, any>(v, elements, samples, side, word, words, width, chunk, bits, neg);
     } else {
       make_word<kind, any>(v, elements, samples, side, word, width, chunk, bits, neg);

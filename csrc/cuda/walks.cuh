@@ -1,0 +1,245 @@
+// What a thread does with the words of both streams that lie in shared memory: pulse by pulse, or sample by sample.
+#pragma once
+
+#include <cstddef>
+
+#include "pulses.cuh"
+
+namespace lrtt::cuda {
+
+// What the cells of one thread block read: a segment of both sides' streams, and the noise levels times sigma, the
+// negative ones behind the positive. Words lie along a row, so that four of them are one load; rows are four words
+// longer than a segment, so that the loads of eight rows meet all banks.
+constexpr int kSegmentWords = 96;  // so that warps with fewer pulses seldom wait for the others
+constexpr int kRowWords = kSegmentWords + 4;
+
+template <int rows>
+struct Segment {
+  uint32_t bits[rows][kRowWords], neg[rows][kRowWords];
+};
+
+struct Shared {
+  Segment<kLongLanes> longer;
+  Segment<kShortRows> shorter;
+  float levels[2 * kNoiseLevels];
+  float roots[33];  // of 0, 1, ...; behind the levels, by whose address they are found
+};
+
+// Stored words [row0, row0 + words) of the elements from `first` on, zero beyond `elements` and up to a multiple of
+// four words; signs are turned by `flip`.
+template <int rows>
+__device__ __forceinline__ void copy_stored(const uint32_t* bits, const uint32_t* neg, int64_t row0, int words,
+                                            int elements, int first, uint32_t flip, Segment<rows>& to) {
+  constexpr int together = kCellThreads / rows;
+  const int lane = int(threadIdx.x) % rows, word0 = int(threadIdx.x) / rows;
+  const bool inside = first + lane < elements;
+  int64_t at = (row0 + word0) * elements + first + lane;
+#pragma unroll 1
+  for (int word = word0; word < ((words + 3) & ~3); word += together, at += together * int64_t(elements)) {
+    const bool stored = inside && word < words;
+    to.bits[lane][word] = stored ? bits[at] : 0u;
+    to.neg[lane][word] = stored ? neg[at] ^ flip : 0u;
+  }
+}
+
+// Which of up to 32 words hold a coincidence: bit 31 is the first word.
+__device__ __forceinline__ uint32_t hits(const uint32_t* s, const uint32_t* l, int words) {
+  uint32_t found = 0;
+#pragma unroll 4
+  for (int i = 0; i < words; i += 4) {
+    const uint4 a = *reinterpret_cast<const uint4*>(s + i), b = *reinterpret_cast<const uint4*>(l + i);
+    const uint32_t four =
+        ((a.x & b.x) ? 8u : 0u) | ((a.y & b.y) ? 4u : 0u) | ((a.z & b.z) ? 2u : 0u) | ((a.w & b.w) ? 1u : 0u);
+    found |= four << (28 - i);
+  }
+  return found;
+}
+
+// Addresses in shared memory as 32-bit numbers, which the loop over pulses keeps instead of making them anew.
+template <class T>
+__device__ __forceinline__ uint32_t shared_address(const T* p) {
+  uint32_t at = uint32_t(__cvta_generic_to_shared(p));
+  asm volatile("" : "+r"(at));
+  return at;
+}
+
+// If m is used up: the next word with a coincidence, m = s & l and up = the signs; m stays 0 where none is left.
+// Written out so that lanes that need no word pass by without a branch.
+__device__ __forceinline__ void fetch(uint32_t s, uint32_t l, uint32_t& found, uint32_t& m, uint32_t& up) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred q;\n"
+      "  .reg .b32 i, t, a, b;\n"
+      "  setp.eq.u32 q, %1, 0;\n"
+      "  setp.ne.and.u32 q, %0, 0, q;\n"
+      "  bfind.shiftamt.u32 i, %0;\n"
+      "  shr.u32 t, 0x80000000, i;\n"
+      "  @q xor.b32 %0, %0, t;\n"
+      "  mad.lo.u32 a, i, 4, %3;\n"
+      "  mad.lo.u32 b, i, 4, %4;\n"
+      "  @q ld.shared.u32 i, [a];\n"
+      "  @q ld.shared.u32 t, [b];\n"
+      "  @q and.b32 %1, i, t;\n"
+      "  @q ld.shared.u32 i, [a + %5];\n"
+      "  @q ld.shared.u32 t, [b + %6];\n"
+      "  @q xor.b32 %2, i, t;\n"
+      "}"
+      : "+r"(found), "+r"(m), "+r"(up)
+      : "r"(s), "r"(l), "n"(int(sizeof(uint32_t)) * kShortRows * kRowWords),
+        "n"(int(sizeof(uint32_t)) * kLongLanes * kRowWords)
+      : "memory");
+}
+
+// levels[state >> 19]: the sign and the level of PulseNoise.
+__device__ __forceinline__ float level_of(uint32_t levels, uint32_t state) {
+  float level;
+  asm volatile(
+      "{\n"
+      "  .reg .b32 i;\n"
+      "  mul.hi.u32 i, %1, 8192;\n"
+      "  mad.lo.u32 i, i, 4, %2;\n"
+      "  ld.shared.f32 %0, [i];\n"
+      "}"
+      : "=f"(level)
+      : "r"(state), "r"(levels));
+  return level;
+}
+
+__device__ __forceinline__ float root_of(uint32_t levels, uint32_t n) {
+  float root;
+  asm volatile(
+      "{\n"
+      "  .reg .b32 i;\n"
+      "  mad.lo.u32 i, %1, 4, %2;\n"
+      "  ld.shared.f32 %0, [i + %3];\n"
+      "}"
+      : "=f"(root)
+      : "r"(n), "r"(levels), "n"(int(offsetof(Shared, roots) - offsetof(Shared, levels))));
+  return root;
+}
+
+// What a thread keeps of its cell between pulses. Of a pair, `minus` and `minus_cell` are the second.
+struct Run {
+  Cell cell, minus_cell;
+  float w, minus;
+  PulseNoise random;
+  float cut;  // of a block
+  uint32_t pulses;
+};
+
+// The pulse at the lowest bit of m, which is taken off.
+template <class Device, bool loses, int how>
+__device__ __forceinline__ void one_pulse(const DeviceParams& device, uint32_t levels, uint32_t& m, uint32_t up,
+                                          Run& run) {
+  const uint32_t less = plus(m, 0xffffffffu);
+  const bool upwards = (up & m & ~less) != 0, on_minus = how == kPair && !upwards;
+  m &= less;
+  run.random.state = advance(run.random.state, run.random.increment);
+  const float xi = level_of(levels, run.random.state);
+  float over = 0.0f;
+  const float next = pulse<Device>(device, on_minus ? run.minus_cell : run.cell, on_minus ? run.minus : run.w,
+                                   how == kPair || upwards, xi, over);
+  (on_minus ? run.minus : run.w) = next;
+  if (loses) run.cut += over;
+  run.pulses = plus(run.pulses, 1);
+}
+
+// Up to 32 words of both sides, pulse by pulse. A lane walks its own words: only the number of pulses, not where they
+// lie, makes lanes wait for each other. `dense`: a word has many pulses, and looking for the next one less often pays.
+template <class Device, bool loses, int how>
+__device__ __forceinline__ void walk_pulses(const DeviceParams& device, const uint32_t* short_words,
+                                            const uint32_t* long_words, int words, bool dense, uint32_t levels,
+                                            Run& run) {
+  const uint32_t s = shared_address(short_words), l = shared_address(long_words);
+  uint32_t found = hits(short_words, long_words, words), m = 0, up = 0;
+  if (dense) {
+    while (true) {
+      fetch(s, l, found, m, up);
+      if (m == 0) break;
+      one_pulse<Device, loses, how>(device, levels, m, up, run);
+      if (m != 0) one_pulse<Device, loses, how>(device, levels, m, up, run);
+    }
+  } else {
+    while (true) {
+      fetch(s, l, found, m, up);
+      if (m == 0) break;
+      one_pulse<Device, loses, how>(device, levels, m, up, run);
+    }
+  }
+}
+
+// The coincidences m of one sample, none or some, as a burst. `down` of a pair is the second cell's way up.
+template <class Device, bool loses, int how>
+__device__ __forceinline__ void one_burst(const DeviceParams& device, const Burst& up, const Burst& down, uint32_t m,
+                                          uint32_t signs, uint32_t levels, Run& run) {
+  const uint32_t n = uint32_t(__popc(m));
+  const bool upwards = (signs & m) != 0, on_minus = how == kPair && !upwards;
+  const float many = from_bits(plus(n, 0x4b000000u)) - 8388608.0f;
+  const Burst way{upwards ? up.s : down.s, upwards ? up.h : down.h, upwards ? up.mean : down.mean,
+                  upwards ? up.shake : down.shake, upwards ? up.most : down.most};
+  const Cell& cell = on_minus ? run.minus_cell : run.cell;
+  float& w = on_minus ? run.minus : run.w;
+  run.pulses = plus(run.pulses, n);
+  if (many > way.most) {  // a large burst
+#pragma unroll 1
+    for (uint32_t i = 0; i < n; ++i) {
+      run.random.state = advance(run.random.state, run.random.increment);
+      float over = 0.0f;
+      w = pulse<Device>(device, cell, w, how == kPair || upwards, level_of(levels, run.random.state), over);
+      if (loses) run.cut += over;
+    }
+    return;
+  }
+  const uint32_t next = advance(run.random.state, run.random.increment);
+  const float eta = level_of(levels, next) * root_of(levels, n);
+  float over = 0.0f;
+  const float moved = burst<Device>(device, cell, way, w, many, eta, over);
+  if (n != 0) {
+    run.random.state = next;
+    w = moved;
+    if (loses) run.cut += over;
+  }
+}
+
+// The samples of words in which most samples have a coincidence: all of them, without a search.
+template <class Device, bool loses, int how>
+__device__ __forceinline__ void all_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
+                                           const uint32_t* short_bits, const uint32_t* short_neg,
+                                           const uint32_t* long_bits, const uint32_t* long_neg, int words, int width,
+                                           uint32_t levels, Run& run) {
+  const uint32_t slots = 0xffffffffu >> (32 - width);
+#pragma unroll 1
+  for (int i = 0; i < words; i += 4) {  // words beyond are zero
+    const auto four = [i](const uint32_t* v) { return *reinterpret_cast<const uint4*>(v + i); };
+    const uint4 a = four(short_bits), b = four(long_bits), c = four(short_neg), d = four(long_neg);
+    const uint32_t m[4] = {a.x & b.x, a.y & b.y, a.z & b.z, a.w & b.w},
+                   signs[4] = {c.x ^ d.x, c.y ^ d.y, c.z ^ d.z, c.w ^ d.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#pragma unroll 1
+      for (uint32_t own = slots; own != 0; own = width < 32 ? own << width : 0)
+        one_burst<Device, loses, how>(device, up, down, m[k] & own, signs[k], levels, run);
+    }
+  }
+}
+
+// Up to 32 words of both sides, sample by sample of those that have a coincidence.
+template <class Device, bool loses, int how>
+__device__ __forceinline__ void walk_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
+                                            const uint32_t* short_words, const uint32_t* long_words, int words,
+                                            int width, uint32_t levels, Run& run) {
+  const uint32_t s = shared_address(short_words), l = shared_address(long_words), slots = 0xffffffffu >> (32 - width);
+  uint32_t found = hits(short_words, long_words, words), m = 0, signs = 0;
+  while (true) {
+    fetch(s, l, found, m, signs);
+    if (m == 0) break;
+    const uint32_t own = m & (slots << ((__ffs(int(m)) - 1) & ~(width - 1)));
+    m ^= own;
+    one_burst<Device, loses, how>(device, up, down, own, signs, levels, run);
+  }
+}
+
+// Samples of at most so many slots seldom have a coincidence each.
+constexpr int kSparseSlots = 4;
+
+}  // namespace lrtt::cuda
