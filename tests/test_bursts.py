@@ -19,7 +19,14 @@ KINDS: dict[str, Any] = {
     "constant": quiet(devices.ConstantStep, dw_min=0.004),
     "linear": quiet(devices.LinearStep, dw_min=0.004, gamma_up=0.6, gamma_down=0.4),
     "soft": quiet(devices.SoftBounds, dw_min=0.004, w_max=0.8, w_min=-0.6),
-    "reference": quiet(devices.SoftBoundsReference, dw_min=0.004, w_max=0.8, w_min=-0.6, reference_mean=0.1, subtract_symmetry_point=False),
+    "reference": quiet(
+        devices.SoftBoundsReference,
+        dw_min=0.004,
+        w_max=0.8,
+        w_min=-0.6,
+        reference_mean=0.1,
+        subtract_symmetry_point=False,
+    ),
 }
 
 
