@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import pack, pulse, quiet, same_bits
+from burst_cases import DEVICES
+from helpers import fresh_counts, fresh_state, pack, pulse, quiet, randn, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_lrtt import PulseConfig, devices
+from lightning_lrtt import LRTTConfig, PulseConfig, devices
+from lightning_lrtt.ops import COUNTS, reference
 
 KINDS: dict[str, Any] = {
     "constant": quiet(devices.ConstantStep, dw_min=0.004),
@@ -122,3 +124,24 @@ def test_small_steps_and_a_large_burst() -> None:
     assert (whole - expected).abs().max() < 31 * 2 * 2**-25  # two roundings a pulse
     assert (parts - expected).abs().max() < 24 * 2**-25 + 1.3e-7
     assert not same_bits(whole, parts)
+
+
+@pytest.mark.parametrize("slots", [1, 3, 31, 40])
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiled_bursts_equal_the_reference(device: str, slots: int) -> None:
+    """The same bits from lanes and from plain PyTorch, in blocks of several samples."""
+    model = DEVICES[device]
+    pulse = PulseConfig(desired_bl=slots, update_bl_management=False)
+    config = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=model, visible_device=model, pulse=pulse)
+    x, d, w = randn(1, 12, 19), randn(2, 12, 4), 0.05 * randn(3, 4, 19).clamp(-2, 2)
+    planes = 2 if device == "pair" else 1 if device == "written" else 0
+    cells = 0.05 * randn(4, planes, 4, 19).abs() if planes else None
+    found = []
+    for update in (torch.ops.lrtt.pulsed_update_, reference.pulsed_update_):
+        own, held, counts = w.clone(), None if cells is None else [cells.clone()], fresh_counts()
+        eta = torch.tensor(0.05)
+        update([own], [x], [d], [eta], [fresh_state(7, 3)], [counts], [config.pack(19)], [2], [0], held)
+        found.append((own, counts, *(held or ())))
+    assert found[0][1][COUNTS["pulses_c"]] > 0
+    for ours, theirs in zip(*found, strict=True):
+        assert same_bits(ours, theirs)

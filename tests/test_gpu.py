@@ -6,46 +6,18 @@ import dataclasses
 
 import pytest
 import torch
+from gpu_helpers import NEEDS_GPU, assert_same, on_both, state_and_counts
 from helpers import DEVICES
 from pulse_cases import PULSES
 from torch import nn
 
-from lightning_lrtt import LRTT, LRTTConfig, PulseConfig, build_info, convert_to_lrtt, devices, presets
+from lightning_lrtt import LRTT, LRTTConfig, PulseConfig, convert_to_lrtt, devices, presets
 from lightning_lrtt.nn import LRTTConv2d, LRTTLinear, find_tiles
-from lightning_lrtt.ops import COUNTS, KEY, STATE_SIZE, STEP
+from lightning_lrtt.ops import COUNTS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: GPU tests run on a machine that has one"),
-    pytest.mark.skipif(not build_info()["with_cuda"], reason="this build has CPU kernels only"),
-]
+pytestmark = NEEDS_GPU
 
 SHAPES = {"tiny": (3, 2, 1), "wide": (20, 70, 5), "tall": (300, 33, 8), "square": (65, 64, 6)}
-
-
-def state_and_counts(key: int = 12345, step: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
-    """A tile's state at some step, and fresh counters."""
-    state = torch.zeros(STATE_SIZE, dtype=torch.int64)
-    state[KEY], state[STEP] = key, step
-    counts = torch.zeros(len(COUNTS), dtype=torch.int64)
-    counts[COUNTS["first_bad_step"]] = -1
-    return state, counts
-
-
-def on_both(function, *tensors):
-    """Run ``function`` on copies of the tensors on the CPU and on the GPU; return both sets of copies."""
-    results = []
-    for target in ("cpu", "cuda"):
-        copies = [t.clone().to(target) for t in tensors]
-        function(*copies)
-        results.append([t.cpu() for t in copies])
-    return results
-
-
-def assert_same(results, names):
-    """Bit equality; NaN never passes."""
-    for name, cpu, gpu in zip(names, *results, strict=True):
-        assert torch.equal(cpu, gpu), f"{name} differs: {(cpu != gpu).sum()} of {cpu.numel()}"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,41 @@
+"""Bursts on CUDA: the CPU's bits for every width of a train and every way to walk its words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from burst_cases import DEVICES
+from gpu_helpers import NEEDS_GPU, assert_same, on_both, state_and_counts
+
+from lightning_lrtt import LRTTConfig, PulseConfig
+
+pytestmark = NEEDS_GPU
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("slots", [1, 2, 3, 5, 12, 31, 32, 33, 100])
+@pytest.mark.parametrize("device", DEVICES)
+def test_trains_of_every_width(device: str, slots: int, dtype: torch.dtype) -> None:
+    """Widths 1 to 128, few and many coincidences, both orientations, sides that are and are not multiples of four."""
+    model = DEVICES[device]
+    pulse = PulseConfig(desired_bl=slots, update_bl_management=False)
+    config = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=model, visible_device=model, pulse=pulse)
+    for rows, columns, scale in ((90, 5, 1.0), (6, 132, 0.1), (64, 160, 0.02)):
+        generator = torch.Generator().manual_seed(rows + slots)
+        samples = 1100 if slots <= 32 else 300
+        w = (0.05 * torch.randn(rows, columns, generator=generator)).clamp(-0.1, 0.1)
+        x, d = (torch.randn(samples, n, generator=generator).to(dtype).float() for n in (columns, rows))
+        planes = 2 if device == "pair" else 1 if device == "written" else 0
+        cells = torch.rand(planes, rows, columns, generator=generator) * 0.1 if planes else torch.zeros(0)
+        state, counts = state_and_counts()
+        hyper = config.pack(columns)
+
+        def run(w, counts, cells, x, d, eta, state, hyper=hyper, planes=planes):  # type: ignore[no-untyped-def]
+            if w.is_cuda:  # the CPU's kernels take float32
+                x, d = x.to(dtype), d.to(dtype)
+            held = [cells] if planes else None
+            torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [2], [0], held)
+
+        results = on_both(run, w, counts, cells, x, d, torch.tensor(0.05 * scale), state)
+        assert results[0][1][2] > 0, "no pulses: the test would compare nothing"
+        assert_same([result[:3] for result in results], ("w", "counts", "cells"))
