@@ -60,10 +60,10 @@ LRTT_HD Burst burst_of(const DeviceParams& p, const Cell& c, bool up) {
   return b;
 }
 
-// w after n pulses; eta = sigma sqrt(n) xi. As it is where n = 0.
+// w after n pulses, as it is where n = 0; eta = sigma sqrt(n) xi; `inside`: noise that is multiplied with the step
+// (mult_noise).
 template <class Device>
-LRTT_HD float burst(const DeviceParams& p, const Cell& c, const Burst& b, float w, float n, float eta, float& lost) {
-  const bool inside = p.mult_noise != 0.0f;
+LRTT_HD float burst(const Cell& c, const Burst& b, bool inside, float w, float n, float eta, float& lost) {
   const float t = fma_(n, b.mean, inside ? b.shake * eta : 0.0f);
   const float y = b.h * t;
   float e = fma_(y, -0.0013888889f, 0.0083333338f);

@@ -49,7 +49,7 @@ LRTT_HD void step_bursts(const DeviceParams& p, const CellLanes (&c)[planes], co
                     up[l] ? ups.shake : downs.shake, 0.0f};
       const Cell one_cell{k.b_max[l], k.b_min[l], k.s_up[l], k.s_dn[l], k.e0[l], k.e1[l], k.e2[l]};
       float over = 0.0f;
-      const float next = burst<Device>(p, one_cell, b, w[plane][l], n[l], eta[l], over);
+      const float next = burst<Device>(one_cell, b, p.mult_noise != 0.0f, w[plane][l], n[l], eta[l], over);
       const uint32_t active = planes == 1 ? moving[l] : moving[l] & (up[l] ^ uint32_t(plane));
       w[plane][l] = active ? next : w[plane][l];
       cut[l] += active ? over : 0.0f;

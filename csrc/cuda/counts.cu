@@ -73,7 +73,7 @@ __device__ void run_counts(const DevicePulse& p, int tile_block, int round, cons
   const uint64_t key = uint64_t(job.state[kKey]);
   const uint32_t step = uint32_t(job.state[kStep]), c3 = counter3(kNoise, uint32_t(job.array), 0);
   const bool flip = (p.transfer ? p.eta_sign : *job.eta) < 0.0f;
-  const bool noisy = device.dw_min_std > 0.0f;
+  const bool noisy = device.dw_min_std > 0.0f, inside = device.mult_noise != 0.0f;
 
   int64_t pulses = 0, lost = 0;
   if (live) {
@@ -114,9 +114,9 @@ __device__ void run_counts(const DevicePulse& p, int tile_block, int round, cons
           if (noisy) random.state = advance(random.state, random.increment);
           const float eta = noisy ? noise(levels, random.state) * sqrt_(float(many)) : 0.0f;
           if (how == kPair && !up) {
-            minus = burst<Device>(device, minus_cell, downwards, minus, float(many), eta, cut);
+            minus = burst<Device>(minus_cell, downwards, inside, minus, float(many), eta, cut);
           } else {
-            w = burst<Device>(device, cell, up ? upwards : downwards, w, float(many), eta, cut);
+            w = burst<Device>(cell, up ? upwards : downwards, inside, w, float(many), eta, cut);
           }
         }
         for (int pulse_number = 0; pulse_number < many && !at_once; ++pulse_number) {

@@ -65,21 +65,17 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
                   shared.longer);
       __syncthreads();
       if (!live) continue;
-      if (bursts && width > kSparseSlots) {
-        all_bursts<Device, loses, how>(device, up, down, shared.shorter.bits[row], shared.shorter.neg[row],
-                                       shared.longer.bits[mine], shared.longer.neg[mine], many, min(width, 32), levels,
-                                       run);
+      if (bursts && width > 1) {
+        if (device.mult_noise != 0.0f) {
+          segment_bursts<Device, loses, how, true>(device, up, down, shared, row, mine, many, width, levels, run);
+        } else {
+          segment_bursts<Device, loses, how, false>(device, up, down, shared, row, mine, many, width, levels, run);
+        }
         continue;
       }
-      for (int group = 0; group < many; group += 32) {
-        const uint32_t *short_words = &shared.shorter.bits[row][group], *long_words = &shared.longer.bits[mine][group];
-        const int here = min(many - group, 32);
-        if (bursts && width > 1) {
-          walk_bursts<Device, loses, how>(device, up, down, short_words, long_words, here, width, levels, run);
-        } else {
-          walk_pulses<Device, loses, how>(device, short_words, long_words, here, dense && !bursts, levels, run);
-        }
-      }
+      for (int group = 0; group < many; group += 32)
+        walk_pulses<Device, loses, how>(device, &shared.shorter.bits[row][group], &shared.longer.bits[mine][group],
+                                        min(many - group, 32), dense && !bursts, levels, run);
     }
     if (loses) lost += int64_t(double(run.cut) * kFixedPoint + 0.5);
     if (how == kNoisy && run.pulses != before) last_touch = p.first_block + uint32_t(block);
@@ -108,7 +104,7 @@ __global__ void __launch_bounds__(kCellThreads, kCellBlocks)
   extern __shared__ uint4 shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
   if (predicate.jobs && !any_fires(predicate, count)) return;
-  if (threadIdx.x < 33) shared.roots[threadIdx.x] = sqrt_(float(threadIdx.x));
+  if (threadIdx.x < 33) shared.roots[threadIdx.x] = make_float2(float(threadIdx.x), sqrt_(float(threadIdx.x)));
   float sigma = -1.0f;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const DevicePulse& p = find_job(table, count, block, &DevicePulse::first_cell_block);

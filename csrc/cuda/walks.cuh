@@ -22,7 +22,7 @@ struct Shared {
   Segment<kLongLanes> longer;
   Segment<kShortRows> shorter;
   float levels[2 * kNoiseLevels];
-  float roots[33];  // of 0, 1, ...; behind the levels, by whose address they are found
+  float2 roots[33];  // n and sqrt(n) of a burst; behind the levels, by whose address they are found
 };
 
 // Stored words [row0, row0 + words) of the elements from `first` on, zero beyond `elements` and up to a multiple of
@@ -105,17 +105,18 @@ __device__ __forceinline__ float level_of(uint32_t levels, uint32_t state) {
   return level;
 }
 
-__device__ __forceinline__ float root_of(uint32_t levels, uint32_t n) {
-  float root;
+// n and its root.
+__device__ __forceinline__ float2 root_of(uint32_t levels, uint32_t n) {
+  float2 pair;
   asm volatile(
       "{\n"
       "  .reg .b32 i;\n"
-      "  mad.lo.u32 i, %1, 4, %2;\n"
-      "  ld.shared.f32 %0, [i + %3];\n"
+      "  mad.lo.u32 i, %2, 8, %3;\n"
+      "  ld.shared.v2.f32 {%0, %1}, [i + %4];\n"
       "}"
-      : "=f"(root)
+      : "=f"(pair.x), "=f"(pair.y)
       : "r"(n), "r"(levels), "n"(int(offsetof(Shared, roots) - offsetof(Shared, levels))));
-  return root;
+  return pair;
 }
 
 // What a thread keeps of its cell between pulses. Of a pair, `minus` and `minus_cell` are the second.
@@ -168,19 +169,20 @@ __device__ __forceinline__ void walk_pulses(const DeviceParams& device, const ui
   }
 }
 
-// The coincidences m of one sample, none or some, as a burst. `down` of a pair is the second cell's way up.
-template <class Device, bool loses, int how>
+// The coincidences m of one sample, none or some, as a burst. `down` of a pair is the second cell's way up. `inside`:
+// see burst.
+template <class Device, bool loses, int how, bool inside>
 __device__ __forceinline__ void one_burst(const DeviceParams& device, const Burst& up, const Burst& down, uint32_t m,
                                           uint32_t signs, uint32_t levels, Run& run) {
   const uint32_t n = uint32_t(__popc(m));
   const bool upwards = (signs & m) != 0, on_minus = how == kPair && !upwards;
-  const float many = from_bits(plus(n, 0x4b000000u)) - 8388608.0f;
+  const float2 many = root_of(levels, n);
   const Burst way{upwards ? up.s : down.s, upwards ? up.h : down.h, upwards ? up.mean : down.mean,
                   upwards ? up.shake : down.shake, upwards ? up.most : down.most};
   const Cell& cell = on_minus ? run.minus_cell : run.cell;
   float& w = on_minus ? run.minus : run.w;
   run.pulses = plus(run.pulses, n);
-  if (many > way.most) {  // a large burst
+  if (many.x > way.most) {  // a large burst
 #pragma unroll 1
     for (uint32_t i = 0; i < n; ++i) {
       run.random.state = advance(run.random.state, run.random.increment);
@@ -191,9 +193,9 @@ __device__ __forceinline__ void one_burst(const DeviceParams& device, const Burs
     return;
   }
   const uint32_t next = advance(run.random.state, run.random.increment);
-  const float eta = level_of(levels, next) * root_of(levels, n);
+  const float eta = level_of(levels, next) * many.y;
   float over = 0.0f;
-  const float moved = burst<Device>(device, cell, way, w, many, eta, over);
+  const float moved = burst<Device>(cell, way, inside, w, many.x, eta, over);
   if (n != 0) {
     run.random.state = next;
     w = moved;
@@ -201,13 +203,13 @@ __device__ __forceinline__ void one_burst(const DeviceParams& device, const Burs
   }
 }
 
-// The samples of words in which most samples have a coincidence: all of them, without a search.
-template <class Device, bool loses, int how>
+// The samples of words in which most samples have a coincidence: all of them, without a search. `whole`: a word is one
+// sample.
+template <class Device, bool loses, int how, bool inside, bool whole>
 __device__ __forceinline__ void all_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
                                            const uint32_t* short_bits, const uint32_t* short_neg,
                                            const uint32_t* long_bits, const uint32_t* long_neg, int words, int width,
                                            uint32_t levels, Run& run) {
-  const uint32_t slots = 0xffffffffu >> (32 - width);
 #pragma unroll 1
   for (int i = 0; i < words; i += 4) {  // words beyond are zero
     const auto four = [i](const uint32_t* v) { return *reinterpret_cast<const uint4*>(v + i); };
@@ -216,15 +218,19 @@ __device__ __forceinline__ void all_bursts(const DeviceParams& device, const Bur
                    signs[4] = {c.x ^ d.x, c.y ^ d.y, c.z ^ d.z, c.w ^ d.w};
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
+      if constexpr (whole) {
+        one_burst<Device, loses, how, inside>(device, up, down, m[k], signs[k], levels, run);
+      } else {
 #pragma unroll 1
-      for (uint32_t own = slots; own != 0; own = width < 32 ? own << width : 0)
-        one_burst<Device, loses, how>(device, up, down, m[k] & own, signs[k], levels, run);
+        for (uint32_t own = 0xffffffffu >> (32 - width); own != 0; own <<= width)
+          one_burst<Device, loses, how, inside>(device, up, down, m[k] & own, signs[k], levels, run);
+      }
     }
   }
 }
 
 // Up to 32 words of both sides, sample by sample of those that have a coincidence.
-template <class Device, bool loses, int how>
+template <class Device, bool loses, int how, bool inside>
 __device__ __forceinline__ void walk_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
                                             const uint32_t* short_words, const uint32_t* long_words, int words,
                                             int width, uint32_t levels, Run& run) {
@@ -235,11 +241,31 @@ __device__ __forceinline__ void walk_bursts(const DeviceParams& device, const Bu
     if (m == 0) break;
     const uint32_t own = m & (slots << ((__ffs(int(m)) - 1) & ~(width - 1)));
     m ^= own;
-    one_burst<Device, loses, how>(device, up, down, own, signs, levels, run);
+    one_burst<Device, loses, how, inside>(device, up, down, own, signs, levels, run);
   }
 }
 
 // Samples of at most so many slots seldom have a coincidence each.
 constexpr int kSparseSlots = 4;
+
+// The bursts of a segment, at row `row` and lane `mine` of it.
+template <class Device, bool loses, int how, bool inside>
+__device__ __forceinline__ void segment_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
+                                               const Shared& shared, int row, int mine, int words, int width,
+                                               uint32_t levels, Run& run) {
+  const uint32_t *short_bits = shared.shorter.bits[row], *short_neg = shared.shorter.neg[row],
+                 *long_bits = shared.longer.bits[mine], *long_neg = shared.longer.neg[mine];
+  if (width >= 32) {
+    all_bursts<Device, loses, how, inside, true>(device, up, down, short_bits, short_neg, long_bits, long_neg, words,
+                                                 width, levels, run);
+  } else if (width > kSparseSlots) {
+    all_bursts<Device, loses, how, inside, false>(device, up, down, short_bits, short_neg, long_bits, long_neg, words,
+                                                  width, levels, run);
+  } else {
+    for (int group = 0; group < words; group += 32)
+      walk_bursts<Device, loses, how, inside>(device, up, down, short_bits + group, long_bits + group,
+                                              min(words - group, 32), width, levels, run);
+  }
+}
 
 }  // namespace lrtt::cuda
