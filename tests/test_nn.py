@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_lrtt import LRTT, LRTTConfig, PulseConfig, convert_to_digital, convert_to_lrtt, devices
 from lightning_lrtt.nn import LRTTConv1d, LRTTConv2d, LRTTLinear, find_tiles
 from lightning_lrtt.nn import conv as conv_module
+from lightning_lrtt.nn.multiplication import Multiplication
 from lightning_lrtt.ops import CYCLE, KEY
 from lightning_lrtt.ops.schema import BLOCK_SAMPLES
 
@@ -191,6 +192,35 @@ def test_autocast_output_has_the_autocast_dtype(tiled, config):
     layer = tiled(4, 4, *((1,) if tiled is LRTTConv1d else ()), config=config, tile=0)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(randn(0, 2, 4, 4)).dtype == torch.bfloat16
+
+
+def test_one_product_under_autocast_is_the_sum_of_two(monkeypatch):
+    """y by [x, x B^T] [C, alpha A]^T against x C^T + alpha (x B^T) A^T; what the update takes is the same.
+
+    Tolerance: y is rounded to bf16 once instead of twice, and alpha A instead of its product: 2^-8 of the sum of magnitudes
+    of its two parts, each.
+    """
+    soft = devices.SoftBounds(dw_min=0.01)
+    config = LRTTConfig(rank=4, alpha=0.3, reinit_gain=1.0, fast_device=soft, visible_device=soft)
+    found = []
+    for apart in (False, True):
+        if apart:
+            monkeypatch.setattr(LRTTLinear, "products", Multiplication.products)
+        layer = LRTTLinear(12, 5, bias=False, config=config, tile=0)
+        with torch.no_grad():
+            layer.A.copy_(0.3 * randn(1, 5, 4))
+            layer.weight.copy_(0.3 * randn(2, 5, 12))
+        x = randn(3, 2, 3, 12).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        y.backward(randn(4, 2, 3, 5).bfloat16())
+        (call,) = layer.latch.calls
+        found.append((y, x.grad, layer.A.grad, layer.B.grad, call.x, call.xb, call.d, call.da))
+        parts = x.abs() @ layer.weight.abs().t() + 0.3 * (x @ layer.B.t()).abs() @ layer.A.abs().t()
+    one, two = found
+    assert (one[0].float() - two[0].float()).abs().le(2 * 2**-8 * parts).all()
+    for ours, theirs in zip(one[1:], two[1:], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-6)
 
 
 # ------------------------------------------------------------------ conversion

@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kScaleLanes) scale_rates(const DeviceScale* ta
   const cpu::ScaleJob& job = table[blockIdx.x].job;
   const int lane = int(threadIdx.x);
   double c = 0.0, s = 0.0;
-#pragma unroll 8  // eight loads under way while the sums follow in order
+#pragma unroll 16  // sixteen loads under way while the sums follow in order
   for (int64_t e = lane; e < job.size; e += kScaleLanes) {
     const double f = job.first[e];
     c += double(job.grad[e]) * f;

@@ -47,10 +47,7 @@ class _LatchedRead(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         ctx.tile, ctx.in_dtype = tile, x.dtype
         with torch.autocast(kind, enabled=False):
-            x, c, a, b = (t.to(dtype) for t in (x, c, a, b))
-            z = tile.project(x, b)
-            y = tile.project(x, c)
-            tile.add_mix(y, z, a, tile.config.alpha)
+            y, x, z, c, a, b = tile.products(x, c, a, b, tile.config.alpha, dtype)
         ctx.save_for_backward(x, z, c, a, b)
         return y
 

@@ -94,6 +94,24 @@ class LRTTLinear(TileModule):
         # One matrix product that accumulates, instead of a product, a temporary of y's size and an addition.
         y.view(-1, a.shape[0]).addmm_(self.samples(z), a.t(), alpha=alpha)
 
+    def products(
+        self, x: Tensor, c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        k, r = c.shape[1], b.shape[0]
+        if x.dtype == dtype or (k + r) % 8 != 0:  # rows of 16 bytes are what fast kernels ask for
+            return super().products(x, c, a, b, alpha, dtype)
+        # x and C are copied into another dtype anyway: side by side with x B^T and alpha A they give y in one product of
+        # k + r columns, which saves reading and writing y for the factors' part.
+        rows = x.new_empty((*x.shape[:-1], k + r), dtype=dtype)
+        columns = c.new_empty((c.shape[0], k + r), dtype=dtype)
+        a, b = a.to(dtype), b.to(dtype)
+        own_x, z, own_c = rows[..., :k], rows[..., k:], columns[:, :k]
+        own_x.copy_(x)
+        own_c.copy_(c)
+        torch.mul(a, alpha, out=columns[:, k:])
+        z.copy_(F.linear(own_x, b))
+        return F.linear(rows, columns), own_x, z, own_c, a, b
+
     def add_project_backward(self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float) -> None:
         grad_x.view(-1, w.shape[1]).addmm_(self.samples(grad), w, alpha=alpha)
 

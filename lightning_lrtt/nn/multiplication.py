@@ -36,6 +36,15 @@ class Multiplication(nn.Module):
         """``y += alpha mix(z, a)`` in place."""
         y.add_(self.mix(z, a), alpha=alpha)
 
+    def products(
+        self, x: Tensor, c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """``y = project(x, c) + alpha mix(z, a)`` with ``z = project(x, b)`` in ``dtype``; and x, z, c, a, b in it."""
+        x, c, a, b = (t.to(dtype) for t in (x, c, a, b))
+        z, y = self.project(x, b), self.project(x, c)
+        self.add_mix(y, z, a, alpha)
+        return y, x, z, c, a, b
+
     def add_project_backward(self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float) -> None:
         """``grad_x += alpha`` times the gradient of `project` by x, in place."""
         by_x, _ = self.project_backward(grad, x, w, (True, False))
