@@ -42,43 +42,51 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
     run.minus_cell = draw_cell<Device>(device, minus_of(id));
   }
   const uint32_t levels = shared_address(shared.levels);
-  const int last = p.begin[round + 1];
-  for (int block = p.begin[round]; block < last; ++block) {
-    const int words = p.words[block], width = p.widths[block];
-    const bool dense = 4 * words >= p.samples;
-    const uint32_t before = run.pulses;
-    run.cut = 0.0f;  // rounded once a block, as on the CPU
-    run.random = PulseNoise{};
-    if (noisy && words > 0) run.random = pulse_noise(key, index, p.first_block + uint32_t(block), step, c3);
-    Burst up{}, down{};
-    if (bursts && width > 1) {
-      up = burst_of<Device>(device, run.cell, true);
-      down = burst_of<Device>(device, how == kPair ? run.minus_cell : run.cell, how == kPair);
-    }
-    for (int begin = 0; begin < words; begin += kSegmentWords) {
-      const int many = min(words - begin, kSegmentWords);
-      __syncthreads();  // the segment before is done with
-      const int64_t row0 = p.place[block] + begin;
-      copy_stored(along_columns ? p.d_bits : p.x_bits, along_columns ? p.d_neg : p.x_neg, row0, many, shorter, short0,
-                  flip, shared.shorter);
-      copy_stored(along_columns ? p.x_bits : p.d_bits, along_columns ? p.x_neg : p.d_neg, row0, many, longer, long0, 0,
-                  shared.longer);
-      __syncthreads();
-      if (!live) continue;
-      if (bursts && width > 1) {
-        if (device.mult_noise != 0.0f) {
-          segment_bursts<Device, loses, how, true>(device, up, down, shared, row, mine, many, width, levels, run);
-        } else {
-          segment_bursts<Device, loses, how, false>(device, up, down, shared, row, mine, many, width, levels, run);
+  const int last = p.begin[round + 1], rows = p.place[last - 1] + p.words[last - 1];
+  int block = p.begin[round];
+  uint32_t before = 0;
+  Burst up{}, down{};
+  // The blocks of a round lie end to end, so a segment may hold several, or a part of one: the fewer segments, the less
+  // warps wait for one another.
+  for (int begin = 0; begin < rows; begin += kSegmentWords) {
+    const int many = min(rows - begin, kSegmentWords);
+    __syncthreads();  // the segment before is done with
+    copy_stored(along_columns ? p.d_bits : p.x_bits, along_columns ? p.d_neg : p.x_neg, begin, many, shorter, short0,
+                flip, shared.shorter);
+    copy_stored(along_columns ? p.x_bits : p.d_bits, along_columns ? p.x_neg : p.d_neg, begin, many, longer, long0, 0,
+                shared.longer);
+    __syncthreads();
+    for (; block < last; ++block) {
+      const int words = p.words[block], width = p.widths[block], place = p.place[block] - begin, end = place + words;
+      if (words == 0) continue;
+      if (place >= many) break;
+      if (place >= 0) {  // the block begins here
+        before = run.pulses;
+        run.cut = 0.0f;  // rounded once a block, as on the CPU
+        if (noisy) run.random = pulse_noise(key, index, p.first_block + uint32_t(block), step, c3);
+        if (bursts && width > 1) {
+          up = burst_of<Device>(device, run.cell, true);
+          down = burst_of<Device>(device, how == kPair ? run.minus_cell : run.cell, how == kPair);
         }
-        continue;
       }
-      for (int group = 0; group < many; group += 32)
-        walk_pulses<Device, loses, how>(device, &shared.shorter.bits[row][group], &shared.longer.bits[mine][group],
-                                        min(many - group, 32), dense && !bursts, levels, run);
+      const int from = max(place, 0), here = min(end, many) - from;
+      const Place at{shared.shorter.bits[row] + from, shared.shorter.neg[row] + from, shared.longer.bits[mine] + from,
+                     shared.longer.neg[mine] + from, here};
+      if (live && bursts && width > 1) {
+        if (device.mult_noise != 0.0f) {
+          run_bursts<Device, loses, how, true>(device, up, down, at, width, levels, run);
+        } else {
+          run_bursts<Device, loses, how, false>(device, up, down, at, width, levels, run);
+        }
+      } else if (live) {
+        for (int group = 0; group < here; group += 32)
+          walk_pulses<Device, loses, how>(device, at.short_bits + group, at.long_bits + group, min(here - group, 32),
+                                          4 * words >= p.samples && !bursts, levels, run);
+      }
+      if (end > many) break;  // it goes on in the next segment
+      if (loses) lost += int64_t(double(run.cut) * kFixedPoint + 0.5);
+      if (how == kNoisy && run.pulses != before) last_touch = p.first_block + uint32_t(block);
     }
-    if (loses) lost += int64_t(double(run.cut) * kFixedPoint + 0.5);
-    if (how == kNoisy && run.pulses != before) last_touch = p.first_block + uint32_t(block);
   }
   if (how == kPlain) {
     if (live) job.w[index] = run.w;
@@ -169,7 +177,7 @@ DevicePulse describe(const PulseJob& job, const PulseParams& pulse) {
   const int64_t first_block = job.first_sample / p.samples, blocks = blocks_of(job.samples, p.samples);
   p.first_block = uint32_t(first_block);
   p.blocks = int(blocks);
-  p.block_words = p.form == kCounted ? p.samples : block_words(pulse);
+  p.block_words = p.form == kCounted ? p.samples : whole_rows(block_words(pulse));
   return p;
 }
 

@@ -176,6 +176,9 @@ __device__ __forceinline__ void load4(const Operand& v, int64_t at, int left, fl
   for (int k = 0; k < 4; ++k) value[k] = k < left ? load(v, at + k * v.es) : 0.0f;
 }
 
+// Stream rows of a block with so many words: cells read four at once, and the rows of its neighbours lie beside.
+__host__ __device__ __forceinline__ int whole_rows(int words) { return (words + 3) & ~3; }
+
 // The slots of a block's samples, by all kBlockSamples threads (bl = 0 beyond its samples): slot_width of the longest
 // train, and as many stream rows as the last train needs.
 __device__ __forceinline__ void lay_out(const DevicePulse& p, int block, int bl) {
@@ -194,7 +197,7 @@ __device__ __forceinline__ void lay_out(const DevicePulse& p, int block, int bl)
     }
     const int width = slot_width(top);
     p.widths[block] = width;
-    p.words[block] = top == 0 ? 0 : p.form == kCounted ? p.samples : (last * width + 31) / 32;
+    p.words[block] = top == 0 ? 0 : p.form == kCounted ? p.samples : whole_rows((last * width + 31) / 32);
   }
   __syncthreads();  // the sums may be reused
 }

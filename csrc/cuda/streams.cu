@@ -247,7 +247,7 @@ __device__ __forceinline__ void make_whole_words(const Operand& v, int elements,
   word += part;
   if (word >= words || 4 * group >= elements) return;
   const int s = any ? word / (width / 32) : word, piece = any ? word % (width / 32) : 0;
-  const Planned train = samples.trains[s];
+  const Planned train = s < samples.samples ? samples.trains[s] : Planned{0, 0.0f, 0.0f};
   const Reader<kind> reader(v, elements, group, samples);
   uint32_t fired[4] = {}, neg[4] = {};
   if (train.bl > 32 * piece) {

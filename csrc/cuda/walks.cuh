@@ -203,17 +203,21 @@ __device__ __forceinline__ void one_burst(const DeviceParams& device, const Burs
   }
 }
 
+// Words of one block in shared memory, for one cell; the first is at a multiple of 16 bytes.
+struct Place {
+  const uint32_t *short_bits, *short_neg, *long_bits, *long_neg;
+  int words;  // a multiple of four
+};
+
 // The samples of words in which most samples have a coincidence: all of them, without a search. `whole`: a word is one
 // sample.
 template <class Device, bool loses, int how, bool inside, bool whole>
 __device__ __forceinline__ void all_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
-                                           const uint32_t* short_bits, const uint32_t* short_neg,
-                                           const uint32_t* long_bits, const uint32_t* long_neg, int words, int width,
-                                           uint32_t levels, Run& run) {
+                                           const Place& at, int width, uint32_t levels, Run& run) {
 #pragma unroll 1
-  for (int i = 0; i < words; i += 4) {  // words beyond are zero
+  for (int i = 0; i < at.words; i += 4) {
     const auto four = [i](const uint32_t* v) { return *reinterpret_cast<const uint4*>(v + i); };
-    const uint4 a = four(short_bits), b = four(long_bits), c = four(short_neg), d = four(long_neg);
+    const uint4 a = four(at.short_bits), b = four(at.long_bits), c = four(at.short_neg), d = four(at.long_neg);
     const uint32_t m[4] = {a.x & b.x, a.y & b.y, a.z & b.z, a.w & b.w},
                    signs[4] = {c.x ^ d.x, c.y ^ d.y, c.z ^ d.z, c.w ^ d.w};
 #pragma unroll
@@ -248,23 +252,18 @@ __device__ __forceinline__ void walk_bursts(const DeviceParams& device, const Bu
 // Samples of at most so many slots seldom have a coincidence each.
 constexpr int kSparseSlots = 4;
 
-// The bursts of a segment, at row `row` and lane `mine` of it.
+// A block's bursts, or those of a part of it.
 template <class Device, bool loses, int how, bool inside>
-__device__ __forceinline__ void segment_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
-                                               const Shared& shared, int row, int mine, int words, int width,
-                                               uint32_t levels, Run& run) {
-  const uint32_t *short_bits = shared.shorter.bits[row], *short_neg = shared.shorter.neg[row],
-                 *long_bits = shared.longer.bits[mine], *long_neg = shared.longer.neg[mine];
+__device__ __forceinline__ void run_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
+                                           const Place& at, int width, uint32_t levels, Run& run) {
   if (width >= 32) {
-    all_bursts<Device, loses, how, inside, true>(device, up, down, short_bits, short_neg, long_bits, long_neg, words,
-                                                 width, levels, run);
+    all_bursts<Device, loses, how, inside, true>(device, up, down, at, width, levels, run);
   } else if (width > kSparseSlots) {
-    all_bursts<Device, loses, how, inside, false>(device, up, down, short_bits, short_neg, long_bits, long_neg, words,
-                                                  width, levels, run);
+    all_bursts<Device, loses, how, inside, false>(device, up, down, at, width, levels, run);
   } else {
-    for (int group = 0; group < words; group += 32)
-      walk_bursts<Device, loses, how, inside>(device, up, down, short_bits + group, long_bits + group,
-                                              min(words - group, 32), width, levels, run);
+    for (int group = 0; group < at.words; group += 32)
+      walk_bursts<Device, loses, how, inside>(device, up, down, at.short_bits + group, at.long_bits + group,
+                                              min(at.words - group, 32), width, levels, run);
   }
 }
 
