@@ -7,12 +7,29 @@
 namespace lrtt::cuda {
 namespace {
 
-constexpr int kThreads = 256, kRows = 32;
-constexpr int kAhead = 4;  // rows whose loads are under way together
+constexpr int kThreads = 256, kRows = 64;
+constexpr int kAhead = 8;  // rows whose loads are under way together
 
 template <bool bfloat>
 __device__ __forceinline__ float widen(uint32_t half) {
   return bfloat ? from_bits(half << 16) : __half2float(__ushort_as_half(uint16_t(half)));
+}
+
+// `columns` neighbouring halves in pairs, in one load.
+template <int columns>
+__device__ __forceinline__ void load_pairs(const uint32_t* at, uint32_t (&pair)[columns / 2]) {
+  if constexpr (columns == 4) {
+    const uint2 two = *reinterpret_cast<const uint2*>(at);
+    pair[0] = two.x, pair[1] = two.y;
+  } else {
+    pair[0] = *at;
+  }
+}
+
+template <bool bfloat, int columns>
+__device__ __forceinline__ void widen_pairs(const uint32_t (&pair)[columns / 2], float (&wide)[columns]) {
+#pragma unroll
+  for (int c = 0; c < columns; ++c) wide[c] = widen<bfloat>(c % 2 ? pair[c / 2] >> 16 : pair[c / 2] & 0xffffu);
 }
 
 // A thread keeps its columns of b, `rank` rows of them, and runs down kRows rows of g.
@@ -30,10 +47,11 @@ __global__ void __launch_bounds__(kThreads, 2) add_product_rows(const SumJob job
   if (column >= job.k) return;
   float b[rank][columns];
 #pragma unroll
-  for (int q = 0; q < rank; ++q)
-#pragma unroll
-    for (int c = 0; c < columns; ++c)
-      b[q][c] = q < job.r ? widen<bfloat>(half_b[int64_t(q) * job.k + column + c]) : 0.0f;
+  for (int q = 0; q < rank; ++q) {
+    uint32_t pair[columns / 2] = {};
+    if (q < job.r) load_pairs<columns>(reinterpret_cast<const uint32_t*>(half_b + int64_t(q) * job.k + column), pair);
+    widen_pairs<bfloat, columns>(pair, b[q]);
+  }
   const uint32_t* from =
       reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(job.g) + first * job.k + column);
   float* to = job.out + first * job.k + column;
@@ -42,20 +60,13 @@ __global__ void __launch_bounds__(kThreads, 2) add_product_rows(const SumJob job
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       if (row0 + u >= rows) continue;
-      const uint32_t* at = from + int64_t(row0 + u) * (job.k / 2);
-      if (columns == 4) {
-        const uint2 two = *reinterpret_cast<const uint2*>(at);
-        pair[u][0] = two.x, pair[u][columns / 2 - 1] = two.y;
-      } else {
-        pair[u][0] = *at;
-      }
+      load_pairs<columns>(from + int64_t(row0 + u) * (job.k / 2), pair[u]);
     }
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
       if (row0 + u >= rows) continue;
       float sum[columns];
-#pragma unroll
-      for (int c = 0; c < columns; ++c) sum[c] = widen<bfloat>(c % 2 ? pair[u][c / 2] >> 16 : pair[u][c / 2] & 0xffffu);
+      widen_pairs<bfloat, columns>(pair[u], sum);
 #pragma unroll
       for (int q = 0; q < rank; ++q)
 #pragma unroll
