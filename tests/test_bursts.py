@@ -12,9 +12,10 @@ from burst_cases import DEVICES
 from helpers import fresh_counts, fresh_state, pack, pulse, quiet, randn, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import Tensor
 
-from lightning_lrtt import LRTTConfig, PulseConfig, devices
+from lightning_lrtt import LRTTConfig, PulseConfig, devices, presets
 from lightning_lrtt.ops import COUNTS, reference
 
 KINDS: dict[str, Any] = {
@@ -32,11 +33,11 @@ KINDS: dict[str, Any] = {
 }
 
 
-def train(w: Tensor, n: int, up: bool, device: devices.Device, samples: int = 1) -> None:
+def train(w: Tensor, n: int, up: bool, device: devices.Device, samples: int = 1, block: int = 0) -> None:
     """n slots for every one of ``samples``, in each of which both sides fire with certainty (but for 2^-32)."""
     rule = PulseConfig(desired_bl=n, update_management=False, update_bl_management=False)
     d = torch.full((samples, len(w)), -1.0 if up else 1.0)
-    pulse(w, torch.ones(samples, w.shape[1]), d, 1e3, pack(visible_device=device, pulse=rule))
+    pulse(w, torch.ones(samples, w.shape[1]), d, 1e3, pack(visible_device=device, pulse=rule), first=512 * block)
 
 
 def one_by_one(kind: str, w: Tensor, n: int, up: bool) -> Tensor:
@@ -145,3 +146,16 @@ def test_compiled_bursts_equal_the_reference(device: str, slots: int) -> None:
     assert found[0][1][COUNTS["pulses_c"]] > 0
     for ours, theirs in zip(*found, strict=True):
         assert same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["gokmen_vlasov", "ecram", "capacitor", "reram_array_om"])
+def test_bursts_on_a_preset_are_distributed_like_pulses(name: str) -> None:
+    """47 pulses in five trains of both directions, as bursts and as single slots with noise of their own: 120,000 cells."""
+    model = getattr(presets, name)().visible_device
+    model = dataclasses.replace(model, write_noise_std=0.0) if model.write_noise_std else model
+    at_once, singly = torch.zeros(300, 400), torch.zeros(300, 400)
+    for block, (n, up) in enumerate(((7, True), (5, False), (12, True), (3, False), (20, False))):
+        train(at_once, n, up, model, block=block)
+        train(singly, 1, up, model, samples=n, block=block)
+    found = stats.ks_2samp(at_once.flatten().numpy(), singly.flatten().numpy())
+    assert found.pvalue > 1e-4
