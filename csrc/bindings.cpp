@@ -316,6 +316,10 @@ PYBIND11_MODULE(_C, m) {
     cuda::add_product({scratch(g), scratch(z), scratch(b), reinterpret_cast<float*>(out), n, k, r, alpha, bfloat},
                       scratch(stream));
   });
+  m.def("narrow_rows_cuda",
+        [=](uintptr_t x, uintptr_t out, int64_t n, int64_t stride, int k, bool bfloat, uintptr_t stream) {
+          cuda::narrow_rows({reinterpret_cast<const float*>(x), scratch(out), n, stride, k, bfloat}, scratch(stream));
+        });
   m.def("draw_cells_cuda", [=](const py::tuple& job, uintptr_t out, uintptr_t stream) {
     cuda::draw_cells(cells_job(job), reinterpret_cast<float*>(out), scratch(stream));
   });

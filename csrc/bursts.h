@@ -31,7 +31,11 @@ constexpr bool kLinearStrength<SoftBoundsReference> = true;
 // to the second (that of E leaves out y^6 / 5040, 5e-8).
 constexpr float kSmallStep = 0.0625f, kSmallBurst = 0.25f;
 
-// Whether samples act as bursts. Where pulses go back and forth by more than their size, bounds clip each of them.
+// Samples of at most so many slots seldom have two coincidences in a cell: their pulses act one by one.
+constexpr int kFewSlots = 4;
+LRTT_HD bool burst_width(int slots) { return slots > kFewSlots; }
+
+// Whether a device takes bursts. Where pulses go back and forth by more than their size, bounds clip each of them.
 LRTT_HD bool takes_bursts(const DeviceParams& p) {
   bool linear = false;
   with_device(int(p.kind), [&](auto device) { linear = kLinearStrength<decltype(device)>; });

@@ -6,10 +6,10 @@
 // word of x bits and a word of d bits finds the coincidences of 32 slots, whether they belong to one sample of 31 slots
 // or to 32 samples of one slot. A sample of up to 32 slots never lies in two words.
 //
-// What a cell makes of a block: where trains are single slots, or the device is not one for bursts (bursts.h), each
-// coincidence is a pulse, and the n-th pulse takes the n-th noise number. Otherwise the coincidences of one sample in
-// one word are a burst, and the n-th burst takes the n-th noise number; a burst that is not small is pulses again, each
-// with a noise number. Blocks are part of the numbers; chunk sizes and thread counts are not.
+// What a cell makes of a block: where trains have few slots (burst_width), or the device is not one for bursts
+// (bursts.h), each coincidence is a pulse, and the n-th pulse takes the n-th noise number. Otherwise the coincidences
+// of one sample in one word are a burst, and the n-th burst takes the n-th noise number; a burst that is not small is
+// pulses again, each with a noise number. Blocks are part of the numbers; chunk sizes and thread counts are not.
 //
 // Trains that may exceed 31 slots come in blocks of fewer samples (block_samples), so that a block's stream stays
 // within the words of 512 samples of 31 slots; their bits are drawn in pieces of 32 slots. A counted train (mean_count,

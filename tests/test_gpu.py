@@ -546,6 +546,20 @@ def test_strategy_uses_the_gpu():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k", "r"), [(33, 264, 8), (1, 8, 8), (700, 1032, 16), (64, 136, 4), (9, 63, 1)])
+def test_narrow_rows(dtype, n, k, r):
+    """What PyTorch's own copy gives, to the bit, beside columns that stay as they are."""
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn((n, k), generator=generator)
+    x.view(-1)[::7] *= 1e9  # float16 overflows
+    x[0, :5] = torch.tensor([float("inf"), -0.0, 1e-41, 1.00390625, -1.01171875])  # the last two lie between bfloat16's
+    rows = torch.full((n, k + r), 5.0, dtype=dtype, device="cuda")
+    torch.ops.lrtt.narrow_rows_(rows[:, :k], x.cuda())
+    assert torch.equal(rows[:, :k].cpu().view(torch.int16), x.to(dtype).view(torch.int16))
+    assert bool((rows[:, k:] == 5.0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("n", "k", "r"), [(33, 260, 3), (70, 1028, 16), (5, 4, 8), (64, 132, 17), (40, 64, 32), (9, 63, 4)]
 )

@@ -41,7 +41,7 @@ __device__ __forceinline__ void make_value(const DevicePulse& p, int64_t task, i
 // Resident blocks run through the tasks of all jobs, as in make_streams.
 __global__ void __launch_bounds__(kWordThreads)
     make_values(const DevicePulse* table, int count, int round, Predicate predicate) {
-  if (predicate.jobs && !any_fires(predicate, count)) return;
+  if (!any_left(table, count, round, predicate)) return;
   int64_t b = blockIdx.x;  // counted from the first task of the present job
   for (int i = 0; i < count; ++i) {
     const DevicePulse& p = table[i];
@@ -96,7 +96,7 @@ __device__ void run_counts(const DevicePulse& p, int tile_block, int round, cons
       float cut = 0.0f;  // rounded once a block, as on the CPU
       PulseNoise random{};
       if (noisy) random = pulse_noise(key, index, p.first_block + uint32_t(block), step, c3);
-      const bool as_bursts = kLinearStrength<Device> && device.dw_min_std <= 1.0f && p.widths[block] > 1;
+      const bool as_bursts = kLinearStrength<Device> && device.dw_min_std <= 1.0f && burst_width(p.widths[block]);
       Burst upwards{}, downwards{};
       if (as_bursts) {
         upwards = burst_of<Device>(device, cell, true);
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kCellThreads, kCellBlocks)
     apply_counts(const DevicePulse* table, int count, int64_t blocks, int round, const float* levels,
                  Predicate predicate) {
   __shared__ float scaled[kNoiseLevels];
-  if (predicate.jobs && !any_fires(predicate, count)) return;
+  if (!any_left(table, count, round, predicate)) return;
   float sigma = -1.0f;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const DevicePulse& p = find_job(table, count, block, &DevicePulse::first_cell_block);

@@ -45,6 +45,17 @@ struct SumJob {
 };
 
 void add_product(const SumJob& job, Stream stream);
+
+// out[n, k] = x[n, k] in half precision (bfloat16 or float16, to the nearest, halves to even): x is contiguous, the
+// rows of out are `stride` elements apart, k and stride multiples of 8, both aligned to 16 bytes.
+struct NarrowJob {
+  const float* x;
+  void* out;
+  int64_t n, stride;
+  int k, bfloat;
+};
+
+void narrow_rows(const NarrowJob& job, Stream stream);
 // Whether a network of these groups can be relaxed by one kernel on the current device; scratch for so many samples.
 bool hopfield_fits(int odd, int even);
 size_t hopfield_bytes(int64_t samples);

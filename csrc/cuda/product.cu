@@ -1,5 +1,9 @@
-// float32 g + alpha z b of half-precision operands, in one pass over g: what a layer's input gradient takes on from its
-// factors while it is widened to the input's type.
+// Passes between float32 and half precision around the matrix products of a layer.
+//
+// add_product: float32 g + alpha z b of half-precision operands, in one pass over g: what a layer's input gradient
+// takes on from its factors while it is widened to the input's type. narrow_rows: float32 rows in half precision, into
+// rows that are longer than they: an operand that others stand beside.
+#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "common.cuh"
@@ -92,7 +96,52 @@ void launch(const SumJob& job, cudaStream_t stream) {
   check(cudaGetLastError(), "add_product");
 }
 
+template <bool bfloat>
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+  if (bfloat) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  const __half2 pair = __floats2half2_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+constexpr int kNarrowed = 2;  // pieces of eight elements that a thread takes, a block apart
+
+template <bool bfloat>
+__global__ void __launch_bounds__(kThreads) narrow_row_pieces(const NarrowJob job, int64_t pieces, uint32_t of_row) {
+  const int64_t first = int64_t(blockIdx.x) * (kThreads * kNarrowed) + threadIdx.x;
+  float4 from[kNarrowed][2];
+#pragma unroll
+  for (int i = 0; i < kNarrowed; ++i) {
+    const int64_t piece = first + i * kThreads;
+    if (piece >= pieces) continue;
+    const float4* at = reinterpret_cast<const float4*>(job.x) + 2 * piece;
+    from[i][0] = __ldcs(at);
+    from[i][1] = __ldcs(at + 1);
+  }
+#pragma unroll
+  for (int i = 0; i < kNarrowed; ++i) {
+    const int64_t piece = first + i * kThreads;
+    if (piece >= pieces) continue;
+    const int64_t row = piece / of_row;
+    uint16_t* to = static_cast<uint16_t*>(job.out) + row * job.stride + 8 * (piece - row * of_row);
+    const float4 a = from[i][0], b = from[i][1];
+    *reinterpret_cast<uint4*>(to) = make_uint4(narrow_pair<bfloat>(a.x, a.y), narrow_pair<bfloat>(a.z, a.w),
+                                               narrow_pair<bfloat>(b.x, b.y), narrow_pair<bfloat>(b.z, b.w));
+  }
+}
+
 }  // namespace
+
+void narrow_rows(const NarrowJob& job, Stream handle) {
+  const int64_t pieces = job.n * (job.k / 8);
+  if (pieces == 0) return;
+  const unsigned grid = unsigned(blocks_of(pieces, kThreads * kNarrowed));
+  const auto kernel = job.bfloat ? narrow_row_pieces<true> : narrow_row_pieces<false>;
+  kernel<<<grid, kThreads, 0, native(handle)>>>(job, pieces, uint32_t(job.k / 8));
+  check(cudaGetLastError(), "narrow_rows");
+}
 
 void add_product(const SumJob& job, Stream handle) {
   const cudaStream_t stream = native(handle);

@@ -52,9 +52,10 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
     const int many = min(rows - begin, kSegmentWords);
     __syncthreads();  // the segment before is done with
     copy_stored(along_columns ? p.d_bits : p.x_bits, along_columns ? p.d_neg : p.x_neg, begin, many, shorter, short0,
-                flip, shared.shorter);
-    copy_stored(along_columns ? p.x_bits : p.d_bits, along_columns ? p.x_neg : p.d_neg, begin, many, longer, long0, 0,
+                shared.shorter);
+    copy_stored(along_columns ? p.x_bits : p.d_bits, along_columns ? p.x_neg : p.d_neg, begin, many, longer, long0,
                 shared.longer);
+    finish_copies(shared, many, flip);
     __syncthreads();
     for (; block < last; ++block) {
       const int words = p.words[block], width = p.widths[block], place = p.place[block] - begin, end = place + words;
@@ -64,7 +65,7 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
         before = run.pulses;
         run.cut = 0.0f;  // rounded once a block, as on the CPU
         if (noisy) run.random = pulse_noise(key, index, p.first_block + uint32_t(block), step, c3);
-        if (bursts && width > 1) {
+        if (bursts && burst_width(width)) {
           up = burst_of<Device>(device, run.cell, true);
           down = burst_of<Device>(device, how == kPair ? run.minus_cell : run.cell, how == kPair);
         }
@@ -72,7 +73,7 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
       const int from = max(place, 0), here = min(end, many) - from;
       const Place at{shared.shorter.bits[row] + from, shared.shorter.neg[row] + from, shared.longer.bits[mine] + from,
                      shared.longer.neg[mine] + from, here};
-      if (live && bursts && width > 1) {
+      if (live && bursts && burst_width(width)) {
         if (device.mult_noise != 0.0f) {
           run_bursts<Device, loses, how, true>(device, up, down, at, width, levels, run);
         } else {
@@ -111,7 +112,7 @@ __global__ void __launch_bounds__(kCellThreads, kCellBlocks)
                  Predicate predicate) {
   extern __shared__ uint4 shared_memory[];
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
-  if (predicate.jobs && !any_fires(predicate, count)) return;
+  if (!any_left(table, count, round, predicate)) return;
   if (threadIdx.x < 33) shared.roots[threadIdx.x] = make_float2(float(threadIdx.x), sqrt_(float(threadIdx.x)));
   float sigma = -1.0f;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
@@ -231,7 +232,9 @@ void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table
       return Predicate{predicate.jobs ? predicate.jobs + first : nullptr, predicate.force};
     };
     for (int round = 0; round < set.rounds; ++round) {
-      const unsigned word_grid = unsigned(set.word_blocks < most_words ? set.word_blocks : most_words);
+      // Later rounds are mostly empty: no more blocks than are resident, so that they are over at once.
+      const int64_t most_here = round == 0 ? most_words : int64_t(kWordBlocks) * processors();
+      const unsigned word_grid = unsigned(set.word_blocks < most_here ? set.word_blocks : most_here);
       launch_streams(table + set.first, set.count, jobs[size_t(set.first)].form, word_grid, round, from(set.first),
                      stream);
       for (int first = set.first, last = first; first < set.first + set.count; first = last) {

@@ -13,6 +13,7 @@ namespace lrtt::cuda {
 constexpr int kCellThreads = 512;
 constexpr int kCellBlocks = 2;  // resident on a multiprocessor
 constexpr int kWordThreads = 128;
+constexpr int kWordBlocks = 5;                         // resident on a multiprocessor
 constexpr int kLongLanes = 32;                         // cells of a warp lie along the longer side
 constexpr int kShortRows = kCellThreads / kLongLanes;  // one warp per index of the shorter side
 
@@ -43,6 +44,7 @@ struct DevicePulse {
   int* place;         // [blocks], first stream row of a block in its round
   int* begin;         // [most_rounds + 1], round r takes blocks begin[r] .. begin[r + 1] - 1
   int* widths;        // [blocks], slots of every sample
+  int rounds;         // that its blocks take; place_blocks writes it
   uint32_t *x_bits, *x_neg, *d_bits, *d_neg;
   int64_t first_sample_warp, first_plan_block, first_cell_block;
 };
@@ -94,7 +96,7 @@ __device__ __forceinline__ uint32_t plus(uint32_t a, uint32_t b) {
 __host__ __device__ __forceinline__ int64_t groups_of(int64_t elements) { return (elements + 3) / 4; }
 
 // Packs blocks of samples into rounds, by a warp; words[] is complete.
-__device__ __forceinline__ void place_blocks(const DevicePulse& p) {
+__device__ __forceinline__ void place_blocks(DevicePulse& p) {
   const int lane = int(threadIdx.x % 32);
   int round = 0, used = 0;
   if (lane == 0) p.begin[0] = 0;
@@ -114,6 +116,7 @@ __device__ __forceinline__ void place_blocks(const DevicePulse& p) {
     if (first + lane < p.blocks) p.place[first + lane] = place;
   }
   for (int r = round + 1 + lane; r <= p.most_rounds; r += 32) p.begin[r] = p.blocks;
+  if (lane == 0) p.rounds = round + 1;
 }
 
 // The block of a round that holds a stream row: the last one that begins at or before it.
@@ -139,10 +142,11 @@ __device__ __forceinline__ bool fires(const TransferJob& job, int force) {
   return force || job.state[kCounter] + job.increment >= int64_t(job.tile.transfer_every);
 }
 
-// Whether any of the jobs is due; all threads of a block ask together.
-__device__ __forceinline__ bool any_fires(const Predicate& predicate, int count) {
+// Whether any of the jobs has something to do in a round; all threads of a block ask together. Most launches end here.
+__device__ __forceinline__ bool any_left(const DevicePulse* table, int count, int round, const Predicate& predicate) {
   bool due = false;
-  for (int i = threadIdx.x; i < count; i += int(blockDim.x)) due |= fires(predicate.jobs[i], predicate.force);
+  for (int i = threadIdx.x; i < count; i += int(blockDim.x))
+    due |= round < table[i].rounds && (!predicate.jobs || fires(predicate.jobs[i], predicate.force));
   return __syncthreads_or(due);
 }
 

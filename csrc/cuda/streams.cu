@@ -114,8 +114,9 @@ __device__ __forceinline__ void fire(const Side& side, const uint32_t (&element)
 }
 
 constexpr int kParts = 2;                 // threads that share the samples of a word
-constexpr int kAhead = 2;                 // samples whose operands a thread loads at once
+constexpr int kMost = 32 / 2 / kParts;    // samples of a word that a thread takes, of two slots each
 constexpr int kWarpGroups = 32 / kParts;  // groups of four elements of a warp's task
+using Kept = uint4[kMost][kWordThreads];
 
 __host__ __device__ __forceinline__ uint32_t chunks_of(int64_t elements) {
   return uint32_t((groups_of(elements) + kWarpGroups - 1) / kWarpGroups);
@@ -128,10 +129,12 @@ __device__ __forceinline__ uint32_t or_parts(uint32_t v) {
 }
 
 // Word `word` of a block whose words hold several samples, for kWarpGroups groups of one side, by a warp: thread (part,
-// group) takes every kParts-th of its samples.
+// group) takes every kParts-th of its samples. It loads all of them before it waits for the first, and keeps them in
+// shared memory, so that the loop over them need not be unrolled.
 template <Access kind, bool any>
 __device__ __forceinline__ void make_word(const Operand& v, int elements, const BlockView& samples, const Side& side,
-                                          int word, int width, int chunk, uint32_t* to_bits_, uint32_t* to_neg) {
+                                          int word, int width, int chunk, Kept& kept, uint32_t* to_bits_,
+                                          uint32_t* to_neg) {
   const int lane = int(threadIdx.x % 32), part = lane / kWarpGroups, group = chunk * kWarpGroups + lane % kWarpGroups;
   const bool inside = 4 * group < elements;
   const Reader<kind> reader(v, elements, group, samples);
@@ -140,34 +143,39 @@ __device__ __forceinline__ void make_word(const Operand& v, int elements, const 
   Planned mine{0, 0.0f, 0.0f};  // 32 trains at most, one a lane
   if (lane < many) mine = samples.trains[first + lane];
   const float my_scale = side.is_x ? mine.sx : mine.sd;
+  constexpr int batch = kind == kVectorBFloat16 ? kMost : kind == kVectorFloat ? kMost / 2 : 1;
 #pragma unroll 1
-  for (int i = part; i - part < many; i += kParts * kAhead) {
-    uint4 raw[kAhead];
+  for (int begin = 0; begin < kMost; begin += batch) {
+    uint4 raw[batch];
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u)
-      if (i + u * kParts < many && inside) raw[u] = reader.read(first + i + u * kParts);
+    for (int u = 0; u < batch; ++u) {
+      const int at = part + (begin + u) * kParts;
+      raw[u] = at < many && inside ? reader.read(first + at) : uint4{};
+    }
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int at = i + u * kParts;
-      const float scale = __shfl_sync(0xffffffffu, my_scale, at);
-      const int bl = __shfl_sync(0xffffffffu, mine.bl, at);
-      if (at >= many || !inside || bl == 0) continue;
-      const uint4 value = Reader<kind>::decode(raw[u]);
-      const uint32_t element[4] = {value.x, value.y, value.z, value.w};
-      const uint32_t sample = uint32_t(samples.first_sample) + uint32_t(first + at);
-      const int shift = at * width;
-      if (!any && bl <= kDirectSlots) {
-        fire_directly(side, element, scale, bl, shift, group, sample, bits, neg);
-        continue;
-      }
-      uint32_t fired[4];
-      fire<any>(side, element, scale, bl, group, sample, 0, fired);
+    for (int u = 0; u < batch; ++u) kept[begin + u][threadIdx.x] = raw[u];
+  }
+#pragma unroll 1
+  for (int u = 0; u * kParts < many; ++u) {
+    const int at = part + u * kParts;
+    const float scale = __shfl_sync(0xffffffffu, my_scale, at);
+    const int bl = __shfl_sync(0xffffffffu, mine.bl, at);
+    if (at >= many || !inside || bl == 0) continue;
+    const uint4 value = Reader<kind>::decode(kept[u][threadIdx.x]);
+    const uint32_t element[4] = {value.x, value.y, value.z, value.w};
+    const uint32_t sample = uint32_t(samples.first_sample) + uint32_t(first + at);
+    const int shift = at * width;
+    if (!any && bl <= kDirectSlots) {
+      fire_directly(side, element, scale, bl, shift, group, sample, bits, neg);
+      continue;
+    }
+    uint32_t fired[4];
+    fire<any>(side, element, scale, bl, group, sample, 0, fired);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const uint32_t f = fired[k] << shift;
-        bits[k] |= f;
-        neg[k] |= f & (0u - (element[k] >> 31));
-      }
+    for (int k = 0; k < 4; ++k) {
+      const uint32_t f = fired[k] << shift;
+      bits[k] |= f;
+      neg[k] |= f & (0u - (element[k] >> 31));
     }
   }
   __syncwarp();
@@ -183,13 +191,13 @@ __device__ __forceinline__ void make_word(const Operand& v, int elements, const 
 }
 
 // Word `word` of a block whose trains are single slots or none, whose scale is 0: the most frequent case, without a
-// branch on the train. Thread (part, group) takes half of the samples, in order; two at a time hide each other's
-// latencies.
+// branch on the train. Thread (part, group) takes half of the samples, in order; several at a time hide each other's
+// latencies, and the next ones are being loaded.
 template <Access kind>
 __device__ __forceinline__ void make_single_slots(const Operand& v, int elements, const BlockView& samples,
                                                   const Side& side, int word, int chunk, uint32_t* to_bits_,
                                                   uint32_t* to_neg) {
-  constexpr int half = 32 / kParts;
+  constexpr int half = 32 / kParts, together = kind == kVectorBFloat16 ? 4 : 2;
   const int lane = int(threadIdx.x % 32), part = lane / kWarpGroups, group = chunk * kWarpGroups + lane % kWarpGroups;
   const bool inside = 4 * group < elements;
   const Reader<kind> reader(v, elements, group, samples);
@@ -200,21 +208,22 @@ __device__ __forceinline__ void make_single_slots(const Operand& v, int elements
     my_scale = side.is_x ? mine.sx : mine.sd;
   }
   uint32_t bits[4] = {}, neg[4] = {}, sample = (uint32_t(samples.first_sample) + uint32_t(first)) * 64u, mask = 1u;
-  uint4 raw[2], next[2];
+  uint4 raw[together], next[together];
 #pragma unroll
-  for (int u = 0; u < 2; ++u) next[u] = u < many ? reader.read(first + u) : uint4{};
+  for (int u = 0; u < together; ++u) next[u] = u < many ? reader.read(first + u) : uint4{};
 #pragma unroll 1
-  for (int i = 0; i < half; i += 2) {
+  for (int i = 0; i < half; i += together) {
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
+    for (int u = 0; u < together; ++u) {
       raw[u] = next[u];
-      next[u] = i + 2 + u < min(many, half) ? reader.read(first + i + 2 + u) : uint4{};
+      next[u] = i + together + u < min(many, half) ? reader.read(first + i + together + u) : uint4{};
     }
-    Words r[2];
+    Words r[together];
 #pragma unroll
-    for (int u = 0; u < 2; ++u, sample += 64u) r[u] = philox(side.key, uint32_t(group), sample, side.step, side.c3);
+    for (int u = 0; u < together; ++u, sample += 64u)
+      r[u] = philox(side.key, uint32_t(group), sample, side.step, side.c3);
 #pragma unroll
-    for (int u = 0; u < 2; ++u, mask *= 2u) {
+    for (int u = 0; u < together; ++u, mask *= 2u) {
       const float scale = __shfl_sync(0xffffffffu, my_scale, part * half + i + u);
       const uint4 value = Reader<kind>::decode(raw[u]);
       const uint32_t element[4] = {value.x, value.y, value.z, value.w};
@@ -279,7 +288,7 @@ __device__ __forceinline__ void make_whole_words(const Operand& v, int elements,
 
 // A warp's task in a round: the stream row and the groups that its number names.
 template <bool any>
-__device__ __forceinline__ void make_words(const DevicePulse& p, uint32_t task, int round) {
+__device__ __forceinline__ void make_words(const DevicePulse& p, uint32_t task, int round, Kept& kept) {
   const uint32_t x_chunks = chunks_of(p.job.n), chunks = x_chunks + chunks_of(p.job.m);
   const int row = int(task / chunks), block = block_of_row(p, round, row);
   uint32_t chunk = task % chunks;
@@ -302,7 +311,7 @@ __device__ __forceinline__ void make_words(const DevicePulse& p, uint32_t task, 
     } else if (width >= 32) {
       make_whole_words<kind, any>(v, elements, samples, side, word, words, width, chunk, bits, neg);
     } else {
-      make_word<kind, any>(v, elements, samples, side, word, width, chunk, bits, neg);
+      make_word<kind, any>(v, elements, samples, side, word, width, chunk, kept, bits, neg);
     }
   };
   switch (access(v, elements, samples.rows)) {
@@ -323,15 +332,17 @@ __device__ __forceinline__ int64_t task_blocks(const DevicePulse& p, int round) 
 
 // Resident blocks run through the tasks of all jobs: a launch that finds nothing to do must cost next to nothing.
 template <bool any>
-__global__ void __launch_bounds__(kWordThreads, any ? 4 : 5)
+__global__ void __launch_bounds__(kWordThreads, any ? kWordBlocks - 1 : kWordBlocks)
     make_streams(const DevicePulse* table, int count, int round, Predicate predicate) {
-  if (predicate.jobs && !any_fires(predicate, count)) return;
+  if (!any_left(table, count, round, predicate)) return;
+  __shared__ Kept kept;
   int64_t b = blockIdx.x;  // counted from the first task of the present job
   for (int i = 0; i < count; ++i) {
     const DevicePulse& p = table[i];
     if (predicate.jobs && !fires(predicate.jobs[i], predicate.force)) continue;
     const int64_t blocks = task_blocks(p, round);
-    for (; b < blocks; b += gridDim.x) make_words<any>(p, uint32_t(b) * (kWordThreads / 32) + threadIdx.x / 32, round);
+    for (; b < blocks; b += gridDim.x)
+      make_words<any>(p, uint32_t(b) * (kWordThreads / 32) + threadIdx.x / 32, round, kept);
     b -= blocks;
   }
 }

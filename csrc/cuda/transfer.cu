@@ -79,11 +79,11 @@ __device__ void plan_term(const TransferJob& job, int q, bool residual, Term& te
 }
 
 __global__ void __launch_bounds__(kBlockSamples)
-    plan_transfer(const DeviceTransfer* table, const DevicePulse* pulses, float* levels, int force) {
+    plan_transfer(const DeviceTransfer* table, DevicePulse* pulses, float* levels, int force) {
   if (blockIdx.x == 0) fill_levels(levels, int(threadIdx.x), kBlockSamples);
   const DeviceTransfer& t = table[blockIdx.x];
   if (t.pulse < 0 || !fires(t.job, force)) return;
-  const DevicePulse& p = pulses[t.pulse];
+  DevicePulse& p = pulses[t.pulse];
   const bool residual = keeps_residual(t.job, force);
   for (int q = int(threadIdx.x / 32); q < t.job.r; q += kBlockSamples / 32) plan_term(t.job, q, residual, t.terms[q]);
   for (int s = int(threadIdx.x); s < p.blocks * p.samples; s += kBlockSamples) {

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kBlockSamples) plan_trains(const DevicePulse* 
   if (threadIdx.x == 0 && bad) count_nonfinite(p.job.counts, p.job.state[kStep], bad);
 }
 
-__global__ void __launch_bounds__(32) pack_rounds(const DevicePulse* table) { place_blocks(table[blockIdx.x]); }
+__global__ void __launch_bounds__(32) pack_rounds(DevicePulse* table) { place_blocks(table[blockIdx.x]); }
 
 struct Layout {
   DevicePulse* table;

@@ -1,6 +1,8 @@
 // What a thread does with the words of both streams that lie in shared memory: pulse by pulse, or sample by sample.
 #pragma once
 
+#include <cuda_pipeline_primitives.h>
+
 #include <cstddef>
 
 #include "pulses.cuh"
@@ -10,7 +12,7 @@ namespace lrtt::cuda {
 // What the cells of one thread block read: a segment of both sides' streams, and the noise levels times sigma, the
 // negative ones behind the positive. Words lie along a row, so that four of them are one load; rows are four words
 // longer than a segment, so that the loads of eight rows meet all banks.
-constexpr int kSegmentWords = 96;  // so that warps with fewer pulses seldom wait for the others
+constexpr int kSegmentWords = 128;  // 4096 single slots; warps with fewer pulses seldom wait for the others
 constexpr int kRowWords = kSegmentWords + 4;
 
 template <int rows>
@@ -25,21 +27,31 @@ struct Shared {
   float2 roots[33];  // n and sqrt(n) of a burst; behind the levels, by whose address they are found
 };
 
-// Stored words [row0, row0 + words) of the elements from `first` on, zero beyond `elements` and up to a multiple of
-// four words; signs are turned by `flip`.
+// Starts to copy the stored words [row0, row0 + words) of the elements from `first` on, zero beyond `elements` and up
+// to a multiple of four words. finish_copies waits for what its own thread has started.
 template <int rows>
 __device__ __forceinline__ void copy_stored(const uint32_t* bits, const uint32_t* neg, int64_t row0, int words,
-                                            int elements, int first, uint32_t flip, Segment<rows>& to) {
+                                            int elements, int first, Segment<rows>& to) {
   constexpr int together = kCellThreads / rows;
   const int lane = int(threadIdx.x) % rows, word0 = int(threadIdx.x) / rows;
   const bool inside = first + lane < elements;
-  int64_t at = (row0 + word0) * elements + first + lane;
+  int64_t at = inside ? (row0 + word0) * elements + first + lane : 0;
 #pragma unroll 1
   for (int word = word0; word < ((words + 3) & ~3); word += together, at += together * int64_t(elements)) {
     const bool stored = inside && word < words;
-    to.bits[lane][word] = stored ? bits[at] : 0u;
-    to.neg[lane][word] = stored ? neg[at] ^ flip : 0u;
+    __pipeline_memcpy_async(&to.bits[lane][word], bits + (stored ? at : 0), 4, stored ? 0 : 4);
+    __pipeline_memcpy_async(&to.neg[lane][word], neg + (stored ? at : 0), 4, stored ? 0 : 4);
   }
+}
+
+// `flip`: the signs of the shorter side are turned.
+__device__ __forceinline__ void finish_copies(Shared& shared, int words, uint32_t flip) {
+  __pipeline_commit();
+  __pipeline_wait_prior(0);
+  if (flip == 0) return;
+  constexpr int together = kCellThreads / kShortRows;
+  for (int word = int(threadIdx.x) / kShortRows; word < words; word += together)
+    shared.shorter.neg[threadIdx.x % kShortRows][word] ^= flip;
 }
 
 // Which of up to 32 words hold a coincidence: bit 31 is the first word.
@@ -209,8 +221,7 @@ struct Place {
   int words;  // a multiple of four
 };
 
-// The samples of words in which most samples have a coincidence: all of them, without a search. `whole`: a word is one
-// sample.
+// All samples of words, without a search for those that have a coincidence: most do. `whole`: a word is one sample.
 template <class Device, bool loses, int how, bool inside, bool whole>
 __device__ __forceinline__ void all_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
                                            const Place& at, int width, uint32_t levels, Run& run) {
@@ -233,37 +244,14 @@ __device__ __forceinline__ void all_bursts(const DeviceParams& device, const Bur
   }
 }
 
-// Up to 32 words of both sides, sample by sample of those that have a coincidence.
-template <class Device, bool loses, int how, bool inside>
-__device__ __forceinline__ void walk_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
-                                            const uint32_t* short_words, const uint32_t* long_words, int words,
-                                            int width, uint32_t levels, Run& run) {
-  const uint32_t s = shared_address(short_words), l = shared_address(long_words), slots = 0xffffffffu >> (32 - width);
-  uint32_t found = hits(short_words, long_words, words), m = 0, signs = 0;
-  while (true) {
-    fetch(s, l, found, m, signs);
-    if (m == 0) break;
-    const uint32_t own = m & (slots << ((__ffs(int(m)) - 1) & ~(width - 1)));
-    m ^= own;
-    one_burst<Device, loses, how, inside>(device, up, down, own, signs, levels, run);
-  }
-}
-
-// Samples of at most so many slots seldom have a coincidence each.
-constexpr int kSparseSlots = 4;
-
 // A block's bursts, or those of a part of it.
 template <class Device, bool loses, int how, bool inside>
 __device__ __forceinline__ void run_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
                                            const Place& at, int width, uint32_t levels, Run& run) {
   if (width >= 32) {
     all_bursts<Device, loses, how, inside, true>(device, up, down, at, width, levels, run);
-  } else if (width > kSparseSlots) {
-    all_bursts<Device, loses, how, inside, false>(device, up, down, at, width, levels, run);
   } else {
-    for (int group = 0; group < at.words; group += 32)
-      walk_bursts<Device, loses, how, inside>(device, up, down, at.short_bits + group, at.long_bits + group,
-                                              min(at.words - group, 32), width, levels, run);
+    all_bursts<Device, loses, how, inside, false>(device, up, down, at, width, levels, run);
   }
 }
 

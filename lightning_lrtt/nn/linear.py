@@ -106,8 +106,8 @@ class LRTTLinear(TileModule):
         columns = c.new_empty((c.shape[0], k + r), dtype=dtype)
         a, b = a.to(dtype), b.to(dtype)
         own_x, z, own_c = rows[..., :k], rows[..., k:], columns[:, :k]
-        own_x.copy_(x)
-        own_c.copy_(c)
+        torch.ops.lrtt.narrow_rows_(own_x.view(-1, k), x.reshape(-1, k))
+        torch.ops.lrtt.narrow_rows_(own_c, c)
         torch.mul(a, alpha, out=columns[:, k:])
         z.copy_(F.linear(own_x, b))
         return F.linear(rows, columns), own_x, z, own_c, a, b

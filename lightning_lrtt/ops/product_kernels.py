@@ -1,4 +1,4 @@
-"""The sum that an input gradient takes on from its factors while it is widened."""
+"""Passes between float32 and half precision around the matrix products of a layer."""
 
 from __future__ import annotations
 
@@ -22,5 +22,17 @@ def add_product(g: Tensor, z: Tensor, b: Tensor, alpha: float) -> Tensor:
     return out
 
 
+def narrow_rows_(out: Tensor, x: Tensor) -> None:
+    _same_device("narrow_rows_", out, x=x)
+    (n, k), stride = x.shape, out.stride(0)
+    halves = x.dtype == torch.float32 and out.dtype in (torch.bfloat16, torch.float16)
+    whole = x.is_contiguous() and out.stride(1) == 1 and k % 8 == 0 and stride % 8 == 0
+    if not (out.is_cuda and halves and whole and x.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0):
+        out.copy_(x)
+        return
+    _run(out, "narrow_rows", x.data_ptr(), out.data_ptr(), n, stride, k, out.dtype == torch.bfloat16)
+
+
 for _key in ("CPU", "CUDA"):
     schema.library.impl("add_product", add_product, _key)
+    schema.library.impl("narrow_rows_", narrow_rows_, _key)

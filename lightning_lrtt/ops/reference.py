@@ -146,7 +146,7 @@ def _apply_block(
     block = first_sample // rules.block_samples
     random = rng.philox(key, index, block, step, rng.counter3(rng.NOISE, array))
     arrays = _Arrays(p, cells, own, cut, touched, random, torch.zeros(w.shape, dtype=torch.int64))
-    if models.takes_bursts(p) and max(train[0] for train in trains) > 1:
+    if models.takes_bursts(p) and max(train[0] for train in trains) > models.FEW_SLOTS:
         for n, opposite in stream.bursts():
             counts[COUNTS["pulses_a"] + array] += int(n.sum())
             _burst(arrays, n, opposite == descend)

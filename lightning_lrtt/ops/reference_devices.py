@@ -148,6 +148,9 @@ class Burst(NamedTuple):
     most: Tensor  # pulses that may act at once
 
 
+FEW_SLOTS = 4  # of the longest train of a block: its pulses act one by one
+
+
 def takes_bursts(p: Params) -> bool:
     """Whether the pulses of a sample act at once: the strength is linear in the weight, and noise below one step."""
     return int(p["kind"]) in (CONSTANT, LINEAR, SOFT, SOFT_REFERENCE) and bool(p["dw_min_std"] <= 1)

@@ -95,6 +95,8 @@ library.define(
 )
 # float32 g + alpha z b, [n, k] + [n, r] [r, k], of half-precision operands.
 library.define("add_product(Tensor g, Tensor z, Tensor b, float alpha) -> Tensor")
+# x [n, k] into out, whose dtype is lower and whose rows may be part of longer ones.
+library.define("narrow_rows_(Tensor(a!) out, Tensor x) -> ()")
 # Decodes GGML blocks: blocks uint8 [rows * bytes of a row], out [rows, columns] float32 or bfloat16 with unit stride in a
 # row; row i goes to row rows[i] of out (int64 [rows], each of them once; None: row i).
 library.define("dequantize_(Tensor(a!) out, Tensor blocks, int type, Tensor? rows) -> ()")
@@ -231,6 +233,14 @@ def _(g, z, b, alpha):  # type: ignore[no-untyped-def]
         lambda: f"add_product: g [n, k], z [n, r], b [r, k] must agree, got {[list(t.shape) for t in (g, z, b)]}",
     )
     return g.new_empty(g.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("lrtt::narrow_rows_", lib=library)
+def _(out, x):  # type: ignore[no-untyped-def]
+    torch._check(
+        out.shape == x.shape and x.dim() == 2,
+        lambda: f"narrow_rows_: out and x must be [n, k], got {list(out.shape)} and {list(x.shape)}",
+    )
 
 
 @torch.library.register_fake("lrtt::dequantize_", lib=library)
