@@ -67,8 +67,10 @@ class _LatchedRead(torch.autograd.Function):
             by_x, _ = tile.project_backward(grad, x, c, (True, False))
             assert by_x is not None
             grad_x = tile.with_project_backward(by_x, dz, x, b, alpha, ctx.in_dtype)
-        grad_a = (alpha * grad_a).to(tile.A.dtype)
-        grad_b = (alpha * by_b).to(tile.B.dtype)
+        grad_b = by_b
+        if alpha != 1.0:
+            grad_a, grad_b = alpha * grad_a, alpha * grad_b
+        grad_a, grad_b = grad_a.to(tile.A.dtype), grad_b.to(tile.B.dtype)
         if _accumulates(ctx.next_functions[2:4]):
             tile.latch.enter(torch._C._current_graph_task_id(), tile.A.grad is None)
             tile.latch.samples += z.numel() // a.shape[1]

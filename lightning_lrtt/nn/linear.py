@@ -104,12 +104,16 @@ class LRTTLinear(TileModule):
         # k + r columns, which saves reading and writing y for the factors' part.
         rows = x.new_empty((*x.shape[:-1], k + r), dtype=dtype)
         columns = c.new_empty((c.shape[0], k + r), dtype=dtype)
-        a, b = a.to(dtype), b.to(dtype)
-        own_x, z, own_c = rows[..., :k], rows[..., k:], columns[:, :k]
-        torch.ops.lrtt.narrow_rows_(own_x.view(-1, k), x.reshape(-1, k))
+        b = b.to(dtype)
+        own_x, z, own_c, own_a = rows[..., :k], rows[..., k:], columns[:, :k], columns[:, k:]
+        torch.ops.lrtt.narrow_rows_(self.samples(own_x), x.reshape(-1, k))
         torch.ops.lrtt.narrow_rows_(own_c, c)
-        torch.mul(a, alpha, out=columns[:, k:])
-        z.copy_(F.linear(own_x, b))
+        if alpha == 1.0:
+            a = own_a.copy_(a)
+        else:
+            a = a.to(dtype)
+            torch.mul(a, alpha, out=own_a)
+        torch.mm(self.samples(own_x), b.t(), out=self.samples(z))
         return F.linear(rows, columns), own_x, z, own_c, a, b
 
     def add_project_backward(self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float) -> None:
