@@ -1,7 +1,7 @@
 // The three stages of a pulsed update on the device, shared by updates (update.cu) and transfers (transfer.cu):
 // trains -> streams of bits -> pulses on cells. Streams are stored for as many blocks of samples as their share of the
 // scratch memory holds; the last two stages run in rounds until all blocks are done. How many blocks a round takes is
-// decided on the device from the trains, so that short trains need one round and the others return at once.
+// decided on the device from the trains: short ones need one round, and the launch for all later ones returns at once.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -49,7 +49,7 @@ struct DevicePulse {
   int64_t first_sample_warp, first_plan_block, first_cell_block;
 };
 
-// Jobs whose streams lie in scratch memory together: jobs first .. first + count - 1 of a table.
+// Jobs of one kernel whose streams lie in scratch memory together: jobs first .. first + count - 1 of a table.
 struct PulseSet {
   int first, count, rounds;
   int64_t word_blocks;
@@ -74,10 +74,15 @@ struct Predicate {
 void apply_trains(const std::vector<DevicePulse>& jobs, const DevicePulse* table, const std::vector<PulseSet>& sets,
                   const float* levels, Predicate predicate, cudaStream_t stream);
 
-// Blocks of the kernel that makes the streams of a round, and that kernel; `form` is that of all jobs.
+// Blocks of the kernel that makes the streams of a round, and that kernel for the first one; `form` is that of all
+// jobs.
 int64_t word_blocks(const DevicePulse& p);
-void launch_streams(const DevicePulse* table, int count, int form, unsigned grid, int round, Predicate predicate,
+void launch_streams(const DevicePulse* table, int count, int form, unsigned grid, Predicate predicate,
                     cudaStream_t stream);
+
+// All rounds after the first: streams and cells of `count` jobs that one Hold has, in one launch.
+void launch_later_rounds(const DevicePulse* table, int count, int how, int64_t blocks, const float* levels,
+                         Predicate predicate, cudaStream_t stream);
 
 // Counted trains in a round: the values of `count` jobs, and the pulses of `count` jobs that one Hold has.
 void launch_values(const DevicePulse* table, int count, unsigned grid, int round, Predicate predicate,
