@@ -39,3 +39,28 @@ def test_trains_of_every_width(device: str, slots: int, dtype: torch.dtype) -> N
         results = on_both(run, w, counts, cells, x, d, torch.tensor(0.05 * scale), state)
         assert results[0][1][2] > 0, "no pulses: the test would compare nothing"
         assert_same([result[:3] for result in results], ("w", "counts", "cells"))
+
+
+@pytest.mark.parametrize("device", ["soft", "shaky", "pair"])
+@pytest.mark.parametrize("columns", [40, 9000], ids=["one round", "several"])
+def test_blocks_of_long_and_short_trains(device: str, columns: int) -> None:
+    """Words with and without a sign of their own take turns, so that some blocks must wait for the next round."""
+    model = DEVICES[device]
+    config = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=model, visible_device=model)
+    generator = torch.Generator().manual_seed(columns)
+    scales = (1.0, 1.0, 1.0, 1.0, 1.0, 1e-4, 0.0, 0.05, 0.3, 0.02)  # of blocks of 512 samples; the last is cut
+    samples = 512 * len(scales) - 100
+    scale = torch.tensor(scales).repeat_interleave(512)[:samples, None]
+    x, d = torch.rand(samples, columns, generator=generator), torch.randn(samples, 4, generator=generator) * scale
+    planes = 2 if device == "pair" else 0
+    w, cells = torch.zeros(4, columns), torch.rand(planes, 4, columns, generator=generator) * 0.1
+    state, counts = state_and_counts()
+    hyper = config.pack(columns)
+
+    def run(w, counts, cells, x, d, eta, state):  # type: ignore[no-untyped-def]
+        held = [cells] if planes else None
+        torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [2], [0], held)
+
+    results = on_both(run, w, counts, cells, x, d, torch.tensor(-0.05), state)
+    assert results[0][1][2] > 0, "no pulses: the test would compare nothing"
+    assert_same([result[:3] for result in results], ("w", "counts", "cells"))

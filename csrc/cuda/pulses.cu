@@ -9,7 +9,7 @@ namespace lrtt::cuda {
 namespace {
 
 // Scratch for the streams of one round.
-constexpr size_t kStreamBytes = size_t(72) << 20;
+constexpr size_t kStreamBytes = size_t(48) << 20;
 
 // The first round: one kernel a device model, Hold and way to take samples, so that each has the registers it needs.
 template <class Device, bool loses, int how, bool bursts>
@@ -32,7 +32,7 @@ int64_t cell_blocks(const DevicePulse& p) {
 
 // Scratch for the streams of one block of samples.
 size_t block_bytes(const DevicePulse& p) {
-  return size_t(p.block_words) * (p.form == kCounted ? 1 : 2) * sizeof(uint32_t) * size_t(p.job.m + p.job.n);
+  return size_t(p.block_words + p.neg_words) * sizeof(uint32_t) * size_t(p.job.m + p.job.n);
 }
 
 // Rounds until the largest job of jobs[first .. last - 1] is through, each with `each` blocks of samples of every job.
@@ -43,13 +43,15 @@ PulseSet place_streams(std::vector<DevicePulse>& jobs, int first, int last, size
     DevicePulse& p = jobs[size_t(i)];
     const int64_t together = each < p.blocks ? each : p.blocks;
     p.capacity = int(together) * p.block_words;
-    const int rounds = int(blocks_of(p.blocks, together));
+    p.neg_capacity = p.form == kCounted ? p.capacity : int(together) * p.neg_words;
+    // At best; blocks whose words are not signed must lie among the first rows, which may take a round more.
+    const int rounds = p.neg_words < p.block_words && p.blocks > 1 ? p.blocks : int(blocks_of(p.blocks, together));
     set.rounds = rounds > set.rounds ? rounds : set.rounds;
     p.x_bits = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.n));
     p.d_bits = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.m));
     if (p.form != kCounted) {
-      p.x_neg = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.n));
-      p.d_neg = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.m));
+      p.x_neg = streams.take<uint32_t>(size_t(p.neg_capacity) * size_t(p.job.n));
+      p.d_neg = streams.take<uint32_t>(size_t(p.neg_capacity) * size_t(p.job.m));
     }
     set.word_blocks += word_blocks(p);
     p.first_cell_block = i > first ? jobs[size_t(i) - 1].first_cell_block + cell_blocks(jobs[size_t(i) - 1]) : 0;
@@ -69,6 +71,8 @@ DevicePulse describe(const PulseJob& job, const PulseParams& pulse) {
   p.first_block = uint32_t(first_block);
   p.blocks = int(blocks);
   p.block_words = p.form == kCounted ? p.samples : whole_rows(block_words(pulse));
+  constexpr int kUnsigned = kBlockSamples / 2;  // at most 16 slots a sample
+  p.neg_words = p.form == kCounted ? 0 : p.form == kShortBits && p.block_words > kUnsigned ? kUnsigned : p.block_words;
   return p;
 }
 

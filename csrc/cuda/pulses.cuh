@@ -24,7 +24,8 @@ struct alignas(16) Planned {
 };
 
 // A PulseJob and its scratch. Streams are [stream row][element]; a row is a word of slots, or of a counted train a
-// sample: then bits are its counted values with the signs of the operand, and there is no neg.
+// sample: then bits are its counted values with the signs of the operand, and there is no neg. Signed words have none
+// either: those of one sample each of at most 31 slots, whose uppermost bit is the sign.
 struct DevicePulse {
   PulseJob job;
   int form;              // Form
@@ -34,6 +35,8 @@ struct DevicePulse {
   int block_words;    // most stream rows of one block
   int most_rounds;    // room in begin
   int capacity;       // stream rows of one round, a multiple of block_words
+  int neg_words;      // most rows of a block with words that are not signed
+  int neg_capacity;   // of one round: such rows come first
   int transfer;       // 1: samples are words of terms (rows), guarded by the transfer predicate
   int along_columns;  // the longer side
   float eta_sign;     // transfer only; an update reads *eta
@@ -100,6 +103,12 @@ __device__ __forceinline__ uint32_t plus(uint32_t a, uint32_t b) {
 
 __host__ __device__ __forceinline__ int64_t groups_of(int64_t elements) { return (elements + 3) / 4; }
 
+constexpr uint32_t kSignBit = 0x80000000u;
+
+__device__ __forceinline__ bool signed_words(const DevicePulse& p, int width) {
+  return p.form == kShortBits && width == 32;
+}
+
 // Packs blocks of samples into rounds, by a warp; words[] is complete.
 __device__ __forceinline__ void place_blocks(DevicePulse& p) {
   const int lane = int(threadIdx.x % 32);
@@ -107,10 +116,11 @@ __device__ __forceinline__ void place_blocks(DevicePulse& p) {
   if (lane == 0) p.begin[0] = 0;
   for (int first = 0; first < p.blocks; first += 32) {
     const int mine = first + lane < p.blocks ? p.words[first + lane] : 0;
+    const int room = mine > 0 && !signed_words(p, p.widths[first + lane]) ? p.neg_capacity : p.capacity;
     int place = 0;
     for (int i = 0; i < 32 && first + i < p.blocks; ++i) {
       const int words = __shfl_sync(0xffffffffu, mine, i);
-      if (used + words > p.capacity) {
+      if (used + words > __shfl_sync(0xffffffffu, room, i)) {
         used = 0;
         ++round;
         if (lane == 0) p.begin[round] = first + i;

@@ -20,7 +20,6 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
   const uint64_t key = uint64_t(job.state[kKey]);
   const uint32_t step = uint32_t(job.state[kStep]), c3 = counter3(kNoise, uint32_t(job.array), 0);
   const bool noisy = device.dw_min_std > 0.0f;
-  const uint32_t flip = (p.transfer ? p.eta_sign : *job.eta) < 0.0f ? 0xffffffffu : 0u;
 
   const uint32_t index = along_columns ? uint32_t(short0 + row) * uint32_t(job.n) + uint32_t(long0 + mine)
                                        : uint32_t(long0 + mine) * uint32_t(job.n) + uint32_t(short0 + row);
@@ -45,14 +44,18 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
   for (int begin = 0; begin < rows; begin += kSegmentWords) {
     const int many = min(rows - begin, kSegmentWords);
     __syncthreads();  // the segment before is done with
-    copy_stored(along_columns ? p.d_bits : p.x_bits, along_columns ? p.d_neg : p.x_neg, begin, many, shorter, short0,
-                shared.shorter);
-    copy_stored(along_columns ? p.x_bits : p.d_bits, along_columns ? p.x_neg : p.d_neg, begin, many, longer, long0,
-                shared.longer);
-    finish_copies(shared, many, flip);
+    const bool covered = p.place[block] <= begin && p.place[block] + p.words[block] >= begin + many;
+    const int negs = covered && signed_words(p, p.widths[block]) ? 0 : min(many, p.neg_capacity - begin);
+    copy_stored(along_columns ? p.d_bits : p.x_bits, along_columns ? p.d_neg : p.x_neg, begin, many, negs, shorter,
+                short0, shared.shorter);
+    copy_stored(along_columns ? p.x_bits : p.d_bits, along_columns ? p.x_neg : p.d_neg, begin, many, negs, longer,
+                long0, shared.longer);
+    __pipeline_commit();
+    __pipeline_wait_prior(0);
     __syncthreads();
     for (; block < last; ++block) {
       const int words = p.words[block], width = p.widths[block], place = p.place[block] - begin, end = place + words;
+      const bool is_signed = signed_words(p, width);
       if (words == 0) continue;
       if (place >= many) break;
       if (place >= 0) {  // the block begins here
@@ -69,14 +72,20 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
                      shared.longer.neg[mine] + from, here};
       if (live && bursts && burst_width(width)) {
         if (device.mult_noise != 0.0f) {
-          run_bursts<Device, loses, how, true>(device, up, down, at, width, levels, run);
+          run_bursts<Device, loses, how, true>(device, up, down, at, width, is_signed, levels, run);
         } else {
-          run_bursts<Device, loses, how, false>(device, up, down, at, width, levels, run);
+          run_bursts<Device, loses, how, false>(device, up, down, at, width, is_signed, levels, run);
         }
       } else if (live) {
-        for (int group = 0; group < here; group += 32)
-          walk_pulses<Device, loses, how>(device, at.short_bits + group, at.long_bits + group, min(here - group, 32),
-                                          4 * words >= p.samples && !bursts, levels, run);
+        const bool dense = 4 * words >= p.samples && !bursts;
+        for (int group = 0; group < here; group += 32) {
+          const uint32_t *s = at.short_bits + group, *l = at.long_bits + group;
+          if (!bursts && is_signed) {
+            walk_pulses<Device, loses, how, !bursts>(device, s, l, min(here - group, 32), dense, levels, run);
+          } else {
+            walk_pulses<Device, loses, how, false>(device, s, l, min(here - group, 32), dense, levels, run);
+          }
+        }
       }
       if (end > many) break;  // it goes on in the next segment
       if (loses) lost += int64_t(double(run.cut) * kFixedPoint + 0.5);

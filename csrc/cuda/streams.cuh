@@ -12,13 +12,15 @@ struct Side {
   bool is_x;
   uint64_t key;
   uint32_t step, c3;
+  uint32_t flip;  // turns the signs of d where the rate is negative: a cell then looks at the operands' signs only
   const PulseJob& job;
-  __device__ __forceinline__ Side(const PulseJob& j, bool x)
+  __device__ __forceinline__ Side(const DevicePulse& p, bool x)
       : is_x(x),
-        key(uint64_t(j.state[kKey])),
-        step(uint32_t(j.state[kStep])),
-        c3(counter3(x ? kBitX : kBitD, uint32_t(j.array), 0)),
-        job(j) {}
+        key(uint64_t(p.job.state[kKey])),
+        step(uint32_t(p.job.state[kStep])),
+        c3(counter3(x ? kBitX : kBitD, uint32_t(p.job.array), 0)),
+        flip(!x && (p.transfer ? p.eta_sign : *p.job.eta) < 0.0f ? 0xffffffffu : 0u),
+        job(p.job) {}
 };
 
 __device__ __forceinline__ void add_where_below(uint32_t& sum, uint32_t term, uint32_t a, uint32_t b) {
@@ -187,7 +189,7 @@ __device__ __forceinline__ void make_word(const Operand& v, int elements, const 
   __syncwarp();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const uint32_t all_bits = or_parts(bits[k]), all_neg = or_parts(neg[k]);
+    const uint32_t all_bits = or_parts(bits[k]), all_neg = or_parts(neg[k]) ^ side.flip;
     const int e = 4 * group + k;
     if (part == k % kParts && e < elements) {
       to_bits_[e] = all_bits;
@@ -243,7 +245,7 @@ __device__ __forceinline__ void make_single_slots(const Operand& v, int elements
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     const uint32_t all_bits = or_parts(bits[k] << (part * half)),
-                   all_neg = or_parts((__brev(neg[k]) >> (32 - half)) << (part * half));
+                   all_neg = or_parts((__brev(neg[k]) >> (32 - half)) << (part * half)) ^ side.flip;
     const int e = 4 * group + k;
     if (part == k % kParts && e < elements) {
       to_bits_[e] = all_bits;
@@ -253,7 +255,7 @@ __device__ __forceinline__ void make_single_slots(const Operand& v, int elements
 }
 
 // Word `word` of a block whose words belong to one sample each, and the next one, by a warp: thread (part, group) makes
-// word + part. A sample of more than 32 slots has several words, its pieces.
+// word + part. A sample of more than 32 slots has several words, its pieces. Without `any` they are signed words.
 template <Access kind, bool any>
 __device__ __forceinline__ void make_whole_words(const Operand& v, int elements, const BlockView& samples,
                                                  const Side& side, int word, int words, int width, int chunk,
@@ -274,21 +276,27 @@ __device__ __forceinline__ void make_whole_words(const Operand& v, int elements,
       fire_directly(side, element, scale, train.bl, 0, group, sample, fired, neg);
     } else {
       fire<any>(side, element, scale, train.bl, group, sample, piece, fired);
+    }
 #pragma unroll
-      for (int k = 0; k < 4; ++k) neg[k] = 0u - (element[k] >> 31);
+    for (int k = 0; k < 4; ++k) {
+      if (any) {
+        neg[k] = (0u - (element[k] >> 31)) ^ side.flip;
+      } else {
+        fired[k] |= (element[k] ^ side.flip) & kSignBit;
+      }
     }
   }
   const int64_t at = int64_t(part) * elements + 4 * group;
   if (elements % 4 == 0) {
     *reinterpret_cast<uint4*>(to_bits_ + at) = make_uint4(fired[0], fired[1], fired[2], fired[3]);
-    *reinterpret_cast<uint4*>(to_neg + at) = make_uint4(neg[0], neg[1], neg[2], neg[3]);
+    if (any) *reinterpret_cast<uint4*>(to_neg + at) = make_uint4(neg[0], neg[1], neg[2], neg[3]);
     return;
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     if (4 * group + k >= elements) break;
     to_bits_[at + k] = fired[k];
-    to_neg[at + k] = neg[k];
+    if (any) to_neg[at + k] = neg[k];
   }
 }
 
@@ -305,7 +313,7 @@ __device__ __forceinline__ void make_words(const DevicePulse& p, uint32_t task, 
   const int elements = is_x ? p.job.n : p.job.m;
   const BlockView samples = view(p, block, any ? p.samples : kBlockSamples);
   const Operand& v = is_x ? p.job.x : p.job.d;
-  const Side side(p.job, is_x);
+  const Side side(p, is_x);
   const int width = p.widths[block], words = p.words[block];
   if (width >= 32 && word % 2 != 0) return;  // made with the one before
   uint32_t* bits = (is_x ? p.x_bits : p.d_bits) + int64_t(row) * elements;

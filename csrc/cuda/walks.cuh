@@ -28,10 +28,10 @@ struct Shared {
 };
 
 // Starts to copy the stored words [row0, row0 + words) of the elements from `first` on, zero beyond `elements` and up
-// to a multiple of four words. finish_copies waits for what its own thread has started.
+// to a multiple of four words; neg of the first `negs` of them.
 template <int rows>
 __device__ __forceinline__ void copy_stored(const uint32_t* bits, const uint32_t* neg, int64_t row0, int words,
-                                            int elements, int first, Segment<rows>& to) {
+                                            int negs, int elements, int first, Segment<rows>& to) {
   constexpr int together = kCellThreads / rows;
   const int lane = int(threadIdx.x) % rows, word0 = int(threadIdx.x) / rows;
   const bool inside = first + lane < elements;
@@ -40,28 +40,19 @@ __device__ __forceinline__ void copy_stored(const uint32_t* bits, const uint32_t
   for (int word = word0; word < ((words + 3) & ~3); word += together, at += together * int64_t(elements)) {
     const bool stored = inside && word < words;
     __pipeline_memcpy_async(&to.bits[lane][word], bits + (stored ? at : 0), 4, stored ? 0 : 4);
-    __pipeline_memcpy_async(&to.neg[lane][word], neg + (stored ? at : 0), 4, stored ? 0 : 4);
+    if (word < negs) __pipeline_memcpy_async(&to.neg[lane][word], neg + (inside ? at : 0), 4, inside ? 0 : 4);
   }
 }
 
-// `flip`: the signs of the shorter side are turned.
-__device__ __forceinline__ void finish_copies(Shared& shared, int words, uint32_t flip) {
-  __pipeline_commit();
-  __pipeline_wait_prior(0);
-  if (flip == 0) return;
-  constexpr int together = kCellThreads / kShortRows;
-  for (int word = int(threadIdx.x) / kShortRows; word < words; word += together)
-    shared.shorter.neg[threadIdx.x % kShortRows][word] ^= flip;
-}
-
-// Which of up to 32 words hold a coincidence: bit 31 is the first word.
+// Which of up to 32 words hold a coincidence: bit 31 is the first word. `slots`: bits of a word that are slots.
+template <uint32_t slots>
 __device__ __forceinline__ uint32_t hits(const uint32_t* s, const uint32_t* l, int words) {
   uint32_t found = 0;
 #pragma unroll 4
   for (int i = 0; i < words; i += 4) {
     const uint4 a = *reinterpret_cast<const uint4*>(s + i), b = *reinterpret_cast<const uint4*>(l + i);
-    const uint32_t four =
-        ((a.x & b.x) ? 8u : 0u) | ((a.y & b.y) ? 4u : 0u) | ((a.z & b.z) ? 2u : 0u) | ((a.w & b.w) ? 1u : 0u);
+    const uint32_t four = ((a.x & b.x & slots) ? 8u : 0u) | ((a.y & b.y & slots) ? 4u : 0u) |
+                          ((a.z & b.z & slots) ? 2u : 0u) | ((a.w & b.w & slots) ? 1u : 0u);
     found |= four << (28 - i);
   }
   return found;
@@ -99,6 +90,31 @@ __device__ __forceinline__ void fetch(uint32_t s, uint32_t l, uint32_t& found, u
       : "+r"(found), "+r"(m), "+r"(up)
       : "r"(s), "r"(l), "n"(int(sizeof(uint32_t)) * kShortRows * kRowWords),
         "n"(int(sizeof(uint32_t)) * kLongLanes * kRowWords)
+      : "memory");
+}
+
+// The same of signed words.
+__device__ __forceinline__ void fetch_signed(uint32_t s, uint32_t l, uint32_t& found, uint32_t& m, uint32_t& up) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred q;\n"
+      "  .reg .b32 i, t, a, b;\n"
+      "  setp.eq.u32 q, %1, 0;\n"
+      "  setp.ne.and.u32 q, %0, 0, q;\n"
+      "  bfind.shiftamt.u32 i, %0;\n"
+      "  shr.u32 t, 0x80000000, i;\n"
+      "  @q xor.b32 %0, %0, t;\n"
+      "  mad.lo.u32 a, i, 4, %3;\n"
+      "  mad.lo.u32 b, i, 4, %4;\n"
+      "  @q ld.shared.u32 i, [a];\n"
+      "  @q ld.shared.u32 t, [b];\n"
+      "  @q xor.b32 a, i, t;\n"
+      "  @q shr.s32 %2, a, 31;\n"
+      "  @q and.b32 i, i, t;\n"
+      "  @q and.b32 %1, i, 0x7fffffff;\n"
+      "}"
+      : "+r"(found), "+r"(m), "+r"(up)
+      : "r"(s), "r"(l)
       : "memory");
 }
 
@@ -159,25 +175,27 @@ __device__ __forceinline__ void one_pulse(const DeviceParams& device, uint32_t l
 
 // Up to 32 words of both sides, pulse by pulse. A lane walks its own words: only the number of pulses, not where they
 // lie, makes lanes wait for each other. `dense`: a word has many pulses, and looking for the next one less often pays.
-template <class Device, bool loses, int how>
+template <class Device, bool loses, int how, bool is_signed>
 __device__ __forceinline__ void walk_pulses(const DeviceParams& device, const uint32_t* short_words,
                                             const uint32_t* long_words, int words, bool dense, uint32_t levels,
                                             Run& run) {
   const uint32_t s = shared_address(short_words), l = shared_address(long_words);
-  uint32_t found = hits(short_words, long_words, words), m = 0, up = 0;
-  if (dense) {
-    while (true) {
+  uint32_t found = hits<is_signed ? ~kSignBit : ~0u>(short_words, long_words, words), m = 0, up = 0;
+  const auto next = [&] {
+    if constexpr (is_signed) {
+      fetch_signed(s, l, found, m, up);
+    } else {
       fetch(s, l, found, m, up);
-      if (m == 0) break;
+    }
+    return m != 0;
+  };
+  if (is_signed || dense) {
+    while (next()) {
       one_pulse<Device, loses, how>(device, levels, m, up, run);
       if (m != 0) one_pulse<Device, loses, how>(device, levels, m, up, run);
     }
   } else {
-    while (true) {
-      fetch(s, l, found, m, up);
-      if (m == 0) break;
-      one_pulse<Device, loses, how>(device, levels, m, up, run);
-    }
+    while (next()) one_pulse<Device, loses, how>(device, levels, m, up, run);
   }
 }
 
@@ -185,9 +203,9 @@ __device__ __forceinline__ void walk_pulses(const DeviceParams& device, const ui
 // see burst.
 template <class Device, bool loses, int how, bool inside>
 __device__ __forceinline__ void one_burst(const DeviceParams& device, const Burst& up, const Burst& down, uint32_t m,
-                                          uint32_t signs, uint32_t levels, Run& run) {
+                                          bool upwards, uint32_t levels, Run& run) {
   const uint32_t n = uint32_t(__popc(m));
-  const bool upwards = (signs & m) != 0, on_minus = how == kPair && !upwards;
+  const bool on_minus = how == kPair && !upwards;
   const float2 many = root_of(levels, n);
   const Burst way{upwards ? up.s : down.s, upwards ? up.h : down.h, upwards ? up.mean : down.mean,
                   upwards ? up.shake : down.shake, upwards ? up.most : down.most};
@@ -221,24 +239,36 @@ struct Place {
   int words;  // a multiple of four
 };
 
-// All samples of words, without a search for those that have a coincidence: most do. `whole`: a word is one sample.
-template <class Device, bool loses, int how, bool inside, bool whole>
+// How the words of bursts hold their samples.
+enum WordKind { kShared, kPieces, kSigned };  // several samples in a word, words of one sample, signed words
+
+// All samples of words, without a search for those that have a coincidence: most do.
+template <class Device, bool loses, int how, bool inside, int kind>
 __device__ __forceinline__ void all_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
                                            const Place& at, int width, uint32_t levels, Run& run) {
 #pragma unroll 1
   for (int i = 0; i < at.words; i += 4) {
     const auto four = [i](const uint32_t* v) { return *reinterpret_cast<const uint4*>(v + i); };
-    const uint4 a = four(at.short_bits), b = four(at.long_bits), c = four(at.short_neg), d = four(at.long_neg);
-    const uint32_t m[4] = {a.x & b.x, a.y & b.y, a.z & b.z, a.w & b.w},
-                   signs[4] = {c.x ^ d.x, c.y ^ d.y, c.z ^ d.z, c.w ^ d.w};
+    const uint4 a = four(at.short_bits), b = four(at.long_bits);
+    uint32_t m[4] = {a.x & b.x, a.y & b.y, a.z & b.z, a.w & b.w};
+    if constexpr (kind == kSigned) {
+      const uint32_t signs[4] = {a.x ^ b.x, a.y ^ b.y, a.z ^ b.z, a.w ^ b.w};
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if constexpr (whole) {
-        one_burst<Device, loses, how, inside>(device, up, down, m[k], signs[k], levels, run);
-      } else {
+      for (int k = 0; k < 4; ++k)
+        one_burst<Device, loses, how, inside>(device, up, down, m[k] & ~kSignBit, int(signs[k]) < 0, levels, run);
+    } else {
+      const uint4 c = four(at.short_neg), d = four(at.long_neg);
+      const uint32_t signs[4] = {c.x ^ d.x, c.y ^ d.y, c.z ^ d.z, c.w ^ d.w};
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        if constexpr (kind == kPieces) {
+          one_burst<Device, loses, how, inside>(device, up, down, m[k], (signs[k] & m[k]) != 0, levels, run);
+        } else {
 #pragma unroll 1
-        for (uint32_t own = 0xffffffffu >> (32 - width); own != 0; own <<= width)
-          one_burst<Device, loses, how, inside>(device, up, down, m[k] & own, signs[k], levels, run);
+          for (uint32_t own = 0xffffffffu >> (32 - width); own != 0; own <<= width)
+            one_burst<Device, loses, how, inside>(device, up, down, m[k] & own, (signs[k] & m[k] & own) != 0, levels,
+                                                  run);
+        }
       }
     }
   }
@@ -247,11 +277,13 @@ __device__ __forceinline__ void all_bursts(const DeviceParams& device, const Bur
 // A block's bursts, or those of a part of it.
 template <class Device, bool loses, int how, bool inside>
 __device__ __forceinline__ void run_bursts(const DeviceParams& device, const Burst& up, const Burst& down,
-                                           const Place& at, int width, uint32_t levels, Run& run) {
-  if (width >= 32) {
-    all_bursts<Device, loses, how, inside, true>(device, up, down, at, width, levels, run);
+                                           const Place& at, int width, bool is_signed, uint32_t levels, Run& run) {
+  if (is_signed) {
+    all_bursts<Device, loses, how, inside, kSigned>(device, up, down, at, width, levels, run);
+  } else if (width >= 32) {
+    all_bursts<Device, loses, how, inside, kPieces>(device, up, down, at, width, levels, run);
   } else {
-    all_bursts<Device, loses, how, inside, false>(device, up, down, at, width, levels, run);
+    all_bursts<Device, loses, how, inside, kShared>(device, up, down, at, width, levels, run);
   }
 }
 
