@@ -573,3 +573,23 @@ def test_add_product(dtype, n, k, r):
     assert out.dtype == torch.float32
     # alpha itself is a float32, and alpha z is rounded once: two more ulps.
     assert bool(((out.cpu().double() - exact).abs() <= (r + 3) * 2.0**-24 * scale).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factor_gradients_are_summed_and_kept_in_float32(dtype):
+    """Those of A and B under autocast, against float64 from the halves that the layer multiplies.
+
+    Tolerance: N products of halves (exact in float32), added up in float32 in any order: N 2^-24 of the sum of magnitudes.
+    Halves would be off by 2^-9 and more of the result.
+    """
+    config = LRTTConfig(rank=8, reinit_gain=1.0, fast_device=devices.SoftBounds(dw_min=0.01))
+    layer = LRTTLinear(64, 40, bias=False, config=config, device="cuda")
+    torch.nn.init.normal_(layer.A, std=0.1)
+    x, d = torch.randn(300, 64, device="cuda"), torch.randn(300, 40, device="cuda").to(dtype)
+    with torch.autocast("cuda", dtype):
+        layer(x).backward(d)
+    (call,) = layer.latch.calls
+    for found, left, right in ((layer.A.grad, call.d, call.xb), (layer.B.grad, call.da, call.x)):
+        left, right = left.double(), right.double()
+        bound = 300 * 2.0**-24 * (left.abs().t() @ right.abs())
+        assert bool(((found.double() - left.t() @ right).abs() <= bound).all())

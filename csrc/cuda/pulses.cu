@@ -9,7 +9,7 @@ namespace lrtt::cuda {
 namespace {
 
 // Scratch for the streams of one round.
-constexpr size_t kStreamBytes = size_t(48) << 20;
+constexpr size_t kStreamBytes = size_t(80) << 20;
 
 // The first round: one kernel a device model, Hold and way to take samples, so that each has the registers it needs.
 template <class Device, bool loses, int how, bool bursts>
@@ -122,8 +122,8 @@ namespace {
 // The streams and the cells of a set, all rounds. `last`: of its jobs.
 void run_set(const PulseSet& set, const DevicePulse& last, const DevicePulse* table, const float* levels,
              Predicate predicate, cudaStream_t stream) {
-  const int64_t most_words = int64_t(2048 / kWordThreads) * processors(),
-                most_cells = int64_t(kCellBlocks) * processors(), blocks = last.first_cell_block + cell_blocks(last);
+  const int64_t most_words = int64_t(kWordBlocks) * processors(), most_cells = int64_t(kCellBlocks) * processors(),
+                blocks = last.first_cell_block + cell_blocks(last);
   const unsigned word_grid = unsigned(set.word_blocks < most_words ? set.word_blocks : most_words);
   const unsigned grid = unsigned(blocks < most_cells ? blocks : most_cells);
   if (last.form == kCounted) {

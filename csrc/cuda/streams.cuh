@@ -136,9 +136,23 @@ __device__ __forceinline__ uint32_t or_parts(uint32_t v) {
   return v;
 }
 
+// Keeps up to kMost samples, first, first + step, ...: `many` of them, zero beyond. All are loaded before the first is
+// waited for, and the loop over them need not be unrolled.
+template <Access kind>
+__device__ __forceinline__ void keep(const Reader<kind>& reader, int first, int step, int many, Kept kept) {
+  constexpr int batch = kind == kVectorBFloat16 ? kMost : kind == kVectorFloat ? kMost / 2 : 1;
+#pragma unroll 1
+  for (int begin = 0; begin < kMost; begin += batch) {
+    uint4 raw[batch];
+#pragma unroll
+    for (int u = 0; u < batch; ++u) raw[u] = begin + u < many ? reader.read(first + (begin + u) * step) : uint4{};
+#pragma unroll
+    for (int u = 0; u < batch; ++u) kept[begin + u] = raw[u];
+  }
+}
+
 // Word `word` of a block whose words hold several samples, for kWarpGroups groups of one side, by a warp: thread (part,
-// group) takes every kParts-th of its samples. It loads all of them before it waits for the first, and keeps them in
-// shared memory, so that the loop over them need not be unrolled.
+// group) takes every kParts-th of its samples.
 template <Access kind, bool any>
 __device__ __forceinline__ void make_word(const Operand& v, int elements, const BlockView& samples, const Side& side,
                                           int word, int width, int chunk, Kept kept, uint32_t* to_bits_,
@@ -151,18 +165,7 @@ __device__ __forceinline__ void make_word(const Operand& v, int elements, const 
   Planned mine{0, 0.0f, 0.0f};  // 32 trains at most, one a lane
   if (lane < many) mine = samples.trains[first + lane];
   const float my_scale = side.is_x ? mine.sx : mine.sd;
-  constexpr int batch = kind == kVectorBFloat16 ? kMost : kind == kVectorFloat ? kMost / 2 : 1;
-#pragma unroll 1
-  for (int begin = 0; begin < kMost; begin += batch) {
-    uint4 raw[batch];
-#pragma unroll
-    for (int u = 0; u < batch; ++u) {
-      const int at = part + (begin + u) * kParts;
-      raw[u] = at < many && inside ? reader.read(first + at) : uint4{};
-    }
-#pragma unroll
-    for (int u = 0; u < batch; ++u) kept[begin + u] = raw[u];
-  }
+  keep(reader, first + part, kParts, inside ? (many - part + kParts - 1) / kParts : 0, kept);
 #pragma unroll 1
   for (int u = 0; u * kParts < many; ++u) {
     const int at = part + u * kParts;
@@ -199,13 +202,13 @@ __device__ __forceinline__ void make_word(const Operand& v, int elements, const 
 }
 
 // Word `word` of a block whose trains are single slots or none, whose scale is 0: the most frequent case, without a
-// branch on the train. Thread (part, group) takes half of the samples, in order; several at a time hide each other's
-// latencies, and the next ones are being loaded.
+// branch on the train. Thread (part, group) takes half of the samples, in order; two at a time hide each other's
+// latencies.
 template <Access kind>
 __device__ __forceinline__ void make_single_slots(const Operand& v, int elements, const BlockView& samples,
-                                                  const Side& side, int word, int chunk, uint32_t* to_bits_,
+                                                  const Side& side, int word, int chunk, Kept kept, uint32_t* to_bits_,
                                                   uint32_t* to_neg) {
-  constexpr int half = 32 / kParts, together = kind == kVectorBFloat16 ? 4 : 2;
+  constexpr int half = 32 / kParts;
   const int lane = int(threadIdx.x % 32), part = lane / kWarpGroups, group = chunk * kWarpGroups + lane % kWarpGroups;
   const bool inside = 4 * group < elements;
   const Reader<kind> reader(v, elements, group, samples);
@@ -216,29 +219,24 @@ __device__ __forceinline__ void make_single_slots(const Operand& v, int elements
     my_scale = side.is_x ? mine.sx : mine.sd;
   }
   uint32_t bits[4] = {}, neg[4] = {}, sample = (uint32_t(samples.first_sample) + uint32_t(first)) * 64u, mask = 1u;
-  uint4 raw[together], next[together];
-#pragma unroll
-  for (int u = 0; u < together; ++u) next[u] = u < many ? reader.read(first + u) : uint4{};
 #pragma unroll 1
-  for (int i = 0; i < half; i += together) {
+  for (int begin = 0; begin < half; begin += kMost) {
+    keep(reader, first + begin, 1, many - begin, kept);
+#pragma unroll 1
+    for (int i = 0; i < kMost; i += 2) {
+      Words r[2];
 #pragma unroll
-    for (int u = 0; u < together; ++u) {
-      raw[u] = next[u];
-      next[u] = i + together + u < min(many, half) ? reader.read(first + i + together + u) : uint4{};
-    }
-    Words r[together];
+      for (int u = 0; u < 2; ++u, sample += 64u) r[u] = philox(side.key, uint32_t(group), sample, side.step, side.c3);
 #pragma unroll
-    for (int u = 0; u < together; ++u, sample += 64u)
-      r[u] = philox(side.key, uint32_t(group), sample, side.step, side.c3);
+      for (int u = 0; u < 2; ++u, mask *= 2u) {
+        const float scale = __shfl_sync(0xffffffffu, my_scale, part * half + begin + i + u);
+        const uint4 value = Reader<kind>::decode(kept[i + u]);
+        const uint32_t element[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll
-    for (int u = 0; u < together; ++u, mask *= 2u) {
-      const float scale = __shfl_sync(0xffffffffu, my_scale, part * half + i + u);
-      const uint4 value = Reader<kind>::decode(raw[u]);
-      const uint32_t element[4] = {value.x, value.y, value.z, value.w};
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        add_where_below(bits[k], mask, r[u].w[k], threshold(fabsf(from_bits(element[k])) * scale));
-        neg[k] = __funnelshift_l(element[k], neg[k], 1);  // the last sample's sign lowest
+        for (int k = 0; k < 4; ++k) {
+          add_where_below(bits[k], mask, r[u].w[k], threshold(fabsf(from_bits(element[k])) * scale));
+          neg[k] = __funnelshift_l(element[k], neg[k], 1);  // the last sample's sign lowest
+        }
       }
     }
   }
@@ -321,7 +319,7 @@ __device__ __forceinline__ void make_words(const DevicePulse& p, uint32_t task, 
   const auto make = [&](auto how) {
     constexpr Access kind = decltype(how)::value;
     if (!any && width == 1) {
-      make_single_slots<kind>(v, elements, samples, side, word, chunk, bits, neg);
+      make_single_slots<kind>(v, elements, samples, side, word, chunk, kept, bits, neg);
     } else if (width >= 32) {
       make_whole_words<kind, any>(v, elements, samples, side, word, words, width, chunk, bits, neg);
     } else {

@@ -81,14 +81,21 @@ class LRTTLinear(TileModule):
         self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]
     ) -> tuple[Tensor | None, Tensor | None]:
         by_x = grad @ w if needs[0] else None
-        by_w = self.samples(grad).t() @ self.samples(x) if needs[1] else None
+        by_w = self.outer(grad, x) if needs[1] else None
         return by_x, by_w
 
     def mix(self, z: Tensor, a: Tensor) -> Tensor:
         return F.linear(z, a)
 
     def mix_backward(self, grad: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        return grad @ a, self.samples(grad).t() @ self.samples(z)
+        return grad @ a, self.outer(grad, z)
+
+    def outer(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """``rows^T columns`` over all samples; of half-precision operands on a GPU in float32, as they are added up."""
+        left, right = self.samples(rows).t(), self.samples(columns)
+        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+            return torch.mm(left, right, out_dtype=torch.float32)
+        return left @ right
 
     def add_mix(self, y: Tensor, z: Tensor, a: Tensor, alpha: float) -> None:
         # One matrix product that accumulates, instead of a product, a temporary of y's size and an addition.
