@@ -154,7 +154,9 @@ def own_cases(size: int, rank: int) -> dict[str, Run]:
 
 
 def seconds(run: Run) -> float:
-    """Of one call."""
+    """Of one call, the second after a pause: threads of the process that had its turn before spin for a while."""
+    time.sleep(0.05)
+    run()
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
