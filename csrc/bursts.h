@@ -1,4 +1,5 @@
-// A burst: the n pulses that one sample gives a cell, all in one direction, as one step.
+// A burst: the n pulses that one sample gives a cell, all in one direction, as one step (jobs.h: of long trains those
+// of 32 slots).
 //
 // On a device whose strength is linear in the weight, a pulse of step s (negative downwards) multiplies the distance
 // d = s - h w from where steps vanish, h = s Gamma / w_ref, by 1 - h (1 + eta), so n of them move the weight by
@@ -36,10 +37,14 @@ constexpr int kFewSlots = 4;
 LRTT_HD bool burst_width(int slots) { return slots > kFewSlots; }
 
 // Whether a device takes bursts. Where pulses go back and forth by more than their size, bounds clip each of them.
+template <class Device>
 LRTT_HD bool takes_bursts(const DeviceParams& p) {
-  bool linear = false;
-  with_device(int(p.kind), [&](auto device) { linear = kLinearStrength<decltype(device)>; });
-  return linear && p.dw_min_std <= 1.0f;
+  return kLinearStrength<Device> && p.dw_min_std <= 1.0f;
+}
+LRTT_HD bool takes_bursts(const DeviceParams& p) {
+  bool takes = false;
+  with_device(int(p.kind), [&](auto device) { takes = takes_bursts<decltype(device)>(p); });
+  return takes;
 }
 
 // One direction of a cell. More than `most` pulses do not act at once.

@@ -8,8 +8,9 @@
 //
 // What a cell makes of a block: where trains have few slots (burst_width), or the device is not one for bursts
 // (bursts.h), each coincidence is a pulse, and the n-th pulse takes the n-th noise number. Otherwise the coincidences
-// of one sample in one word are a burst, and the n-th burst takes the n-th noise number; a burst that is not small is
-// pulses again, each with a noise number. Blocks are part of the numbers; chunk sizes and thread counts are not.
+// of one sample in one word (of a counted train: all) are a burst, and the n-th burst takes the n-th noise number; a
+// burst that is not small is pulses again, each with a noise number. Blocks are part of the numbers; chunk sizes and
+// thread counts are not.
 //
 // Trains that may exceed 31 slots come in blocks of fewer samples (block_samples), so that a block's stream stays
 // within the words of 512 samples of 31 slots; their bits are drawn in pieces of 32 slots. A counted train (mean_count,

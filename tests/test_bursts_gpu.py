@@ -64,3 +64,29 @@ def test_blocks_of_long_and_short_trains(device: str, columns: int) -> None:
     results = on_both(run, w, counts, cells, x, d, torch.tensor(-0.05), state)
     assert results[0][1][2] > 0, "no pulses: the test would compare nothing"
     assert_same([result[:3] for result in results], ("w", "counts", "cells"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("columns", [40, 9000], ids=["one round", "several"])
+@pytest.mark.parametrize(
+    "pulse",
+    [PulseConfig(x_res=0.01), PulseConfig(desired_bl=100), PulseConfig(desired_bl=1, d_res=0.01)],
+    ids=["grid", "long", "single on a grid"],
+)
+def test_single_slots_of_trains_that_may_be_long(pulse: PulseConfig, columns: int, dtype: torch.dtype) -> None:
+    """Words of 32 samples in kernels for long trains and grids: threads took the first half of their samples only."""
+    model = DEVICES["soft"]
+    config = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=model, visible_device=model, pulse=pulse)
+    generator = torch.Generator().manual_seed(columns)
+    x, d = (torch.rand(1100, n, generator=generator).to(dtype).float() - 0.5 for n in (columns, 6))
+    state, counts = state_and_counts()
+    hyper, eta = config.pack(columns), torch.tensor(0.004)  # eta max|x| max|d| / dw_min <= 0.5: one slot a sample
+
+    def run(w, counts, x, d, eta, state):  # type: ignore[no-untyped-def]
+        if w.is_cuda:
+            x, d = x.to(dtype), d.to(dtype)
+        torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [2], [0], None)
+
+    results = on_both(run, torch.zeros(6, columns), counts, x, d, eta, state)
+    assert results[0][1][2] > 0, "no pulses: the test would compare nothing"
+    assert_same([result[:2] for result in results], ("w", "counts"))

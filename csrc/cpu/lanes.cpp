@@ -281,7 +281,7 @@ LRTT_HD int64_t run(const PulseJob& job, const BlockPlan& plan, int64_t lane0, i
     }
   const Group at{lanes, one, lane0, other, width, along_columns, down_flip};
   int64_t pulses;
-  if (kLinearStrength<Device> && p.dw_min_std <= 1.0f && burst_width(plan.width)) {
+  if (takes_bursts<Device>(p) && burst_width(plan.width)) {
     pulses = run_bursts<Device, how>(p, job.pulse, plan, at, c, random, w, cut, touched);
   } else {
     pulses = run_pulses<Device, how>(p, job.pulse, plan, at, c, random, w, cut, touched);

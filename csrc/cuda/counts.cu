@@ -96,7 +96,7 @@ __device__ void run_counts(const DevicePulse& p, int tile_block, int round, cons
       float cut = 0.0f;  // rounded once a block, as on the CPU
       PulseNoise random{};
       if (noisy) random = pulse_noise(key, index, p.first_block + uint32_t(block), step, c3);
-      const bool as_bursts = kLinearStrength<Device> && device.dw_min_std <= 1.0f && burst_width(p.widths[block]);
+      const bool as_bursts = takes_bursts<Device>(device) && burst_width(p.widths[block]);
       Burst upwards{}, downwards{};
       if (as_bursts) {
         upwards = burst_of<Device>(device, cell, true);

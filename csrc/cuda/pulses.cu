@@ -45,7 +45,8 @@ PulseSet place_streams(std::vector<DevicePulse>& jobs, int first, int last, size
     p.capacity = int(together) * p.block_words;
     p.neg_capacity = p.form == kCounted ? p.capacity : int(together) * p.neg_words;
     // At best; blocks whose words are not signed must lie among the first rows, which may take a round more.
-    const int rounds = p.neg_words < p.block_words && p.blocks > 1 ? p.blocks : int(blocks_of(p.blocks, together));
+    const bool orders = p.form == kShortBits && p.neg_words < p.block_words;
+    const int rounds = orders && p.blocks > 1 ? p.blocks : int(blocks_of(p.blocks, together));
     set.rounds = rounds > set.rounds ? rounds : set.rounds;
     p.x_bits = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.n));
     p.d_bits = streams.take<uint32_t>(size_t(p.capacity) * size_t(p.job.m));

@@ -1,7 +1,8 @@
 // The three stages of a pulsed update on the device, shared by updates (update.cu) and transfers (transfer.cu):
 // trains -> streams of bits -> pulses on cells. Streams are stored for as many blocks of samples as their share of the
 // scratch memory holds; the last two stages run in rounds until all blocks are done. How many blocks a round takes is
-// decided on the device from the trains: short ones need one round, and the launch for all later ones returns at once.
+// decided on the device from the trains: short ones need one round, and the launch for all later ones returns at once
+// (counted trains: two a round).
 #pragma once
 
 #include <cuda_fp16.h>

@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kCellThreads, kCellBlocks)
       with_device(int(p.job.device.kind), [&](auto device) {
         using Device = decltype(device);
         if constexpr (kLinearStrength<Device>) {
-          if (takes_bursts(p.job.device)) return run_cells<Device, true, how, true>(p, tile_block, round, shared);
+          if (takes_bursts<Device>(p.job.device))
+            return run_cells<Device, true, how, true>(p, tile_block, round, shared);
         }
         run_cells<Device, true, how, false>(p, tile_block, round, shared);
       });

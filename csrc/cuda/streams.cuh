@@ -117,7 +117,7 @@ __device__ __forceinline__ void fire(const Side& side, const uint32_t (&element)
 }
 
 constexpr int kParts = 2;                 // threads that share the samples of a word
-constexpr int kMost = 32 / 2 / kParts;    // samples of a word that a thread takes, of two slots each
+constexpr int kMost = 8;                  // samples that a thread loads together
 constexpr int kWarpGroups = 32 / kParts;  // groups of four elements of a warp's task
 
 // What the threads of a block keep in shared memory: kMost loads each.
@@ -165,14 +165,15 @@ __device__ __forceinline__ void make_word(const Operand& v, int elements, const 
   Planned mine{0, 0.0f, 0.0f};  // 32 trains at most, one a lane
   if (lane < many) mine = samples.trains[first + lane];
   const float my_scale = side.is_x ? mine.sx : mine.sd;
-  keep(reader, first + part, kParts, inside ? (many - part + kParts - 1) / kParts : 0, kept);
+  const int own = inside ? (many - part + kParts - 1) / kParts : 0;  // samples of this thread
 #pragma unroll 1
   for (int u = 0; u * kParts < many; ++u) {
     const int at = part + u * kParts;
+    if (u % kMost == 0) keep(reader, first + at, kParts, own - u, kept);  // with `any` also single slots come here
     const float scale = __shfl_sync(0xffffffffu, my_scale, at);
     const int bl = __shfl_sync(0xffffffffu, mine.bl, at);
     if (at >= many || !inside || bl == 0) continue;
-    const uint4 value = Reader<kind>::decode(kept[u]);
+    const uint4 value = Reader<kind>::decode(kept[u % kMost]);
     const uint32_t element[4] = {value.x, value.y, value.z, value.w};
     const uint32_t sample = uint32_t(samples.first_sample) + uint32_t(first + at);
     const int shift = at * width;

@@ -105,7 +105,8 @@ class LRTTLinear(TileModule):
         self, x: Tensor, c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         k, r = c.shape[1], b.shape[0]
-        if x.dtype == dtype or (k + r) % 8 != 0:  # rows of 16 bytes are what fast kernels ask for
+        # Rows of 16 bytes are what fast kernels ask for; in float16 a small alpha A could vanish.
+        if x.dtype == dtype or (k + r) % 8 != 0 or (dtype == torch.float16 and alpha != 1.0):
             return super().products(x, c, a, b, alpha, dtype)
         # x and C are copied into another dtype anyway: side by side with x B^T and alpha A they give y in one product of
         # k + r columns, which saves reading and writing y for the factors' part.
