@@ -580,7 +580,7 @@ def test_factor_gradients_are_summed_and_kept_in_float32(dtype):
     """Those of A and B under autocast, against float64 from the halves that the layer multiplies.
 
     Tolerance: N products of halves (exact in float32), added up in float32 in any order: N 2^-24 of the sum of magnitudes.
-    Halves would be off by 2^-9 and more of the result.
+    A bfloat16 result would be off by up to 2^-9 of itself, a float16 one by 2^-12, which only the largest entries show.
     """
     config = LRTTConfig(rank=8, reinit_gain=1.0, fast_device=devices.SoftBounds(dw_min=0.01))
     layer = LRTTLinear(64, 40, bias=False, config=config, device="cuda")
