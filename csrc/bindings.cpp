@@ -26,7 +26,7 @@ T* pointer(const py::handle& h) {
 }
 
 // (w, m, n, x, x_stride_sample, x_stride_element, x_type, d, d_stride_sample, d_stride_element, d_type, samples,
-//  first_sample, eta, state, counts, hyper, array, cells)
+//  first_sample, eta, state, counts, hyper, array, cells, x_top, d_top)
 PulseJob pulse_job(const py::tuple& t) {
   PulseJob j{};
   j.w = pointer<float>(t[0]);
@@ -44,6 +44,8 @@ PulseJob pulse_job(const py::tuple& t) {
   j.pulse = update_pulse(tile_params(hyper));
   j.device = device_params(hyper, j.array == kC);
   j.cells = pointer<float>(t[18]);
+  j.x_top = pointer<const uint32_t>(t[19]);
+  j.d_top = pointer<const uint32_t>(t[20]);
   if (int(j.device.kind) == kIdealFloat)
     throw py::value_error("lrtt::pulsed_update_: array " + std::to_string(j.array) +
                           " must have a device to take pulses; give the config a " +
@@ -316,6 +318,13 @@ PYBIND11_MODULE(_C, m) {
     cuda::add_product({scratch(g), scratch(z), scratch(b), reinterpret_cast<float*>(out), n, k, r, alpha, bfloat},
                       scratch(stream));
   });
+  m.def("project_cuda",
+        [=](uintptr_t x, uintptr_t w, uintptr_t narrow, uintptr_t z, uintptr_t top, int64_t n, int64_t x_stride,
+            int64_t narrow_stride, int64_t z_stride, int k, int r, bool wide, bool bfloat, uintptr_t stream) {
+          cuda::project({scratch(x), scratch(w), scratch(narrow), scratch(z), reinterpret_cast<uint32_t*>(top), n,
+                         x_stride, narrow_stride, z_stride, k, r, wide, bfloat},
+                        scratch(stream));
+        });
   m.def("narrow_rows_cuda",
         [=](uintptr_t x, uintptr_t out, int64_t n, int64_t stride, int k, bool bfloat, uintptr_t stream) {
           cuda::narrow_rows({reinterpret_cast<const float*>(x), scratch(out), n, stride, k, bfloat}, scratch(stream));

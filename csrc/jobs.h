@@ -166,7 +166,8 @@ struct Operand {
 struct PulseJob {
   float *w, *cells;  // cells: see Held, null for kPlain
   int m, n;
-  Operand x, d;  // x has n elements a sample, d has m
+  Operand x, d;                   // x has n elements a sample, d has m
+  const uint32_t *x_top, *d_top;  // magnitude_bits of each sample's largest |x|, |d|, where somebody has them; or null
   int64_t samples, first_sample;
   const float* eta;
   const int64_t* state;

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_lrtt.nn.tile import TileModule
 from lightning_lrtt.ops import A, B, C
-from lightning_lrtt.ops.schema import BLOCK_SAMPLES
+from lightning_lrtt.ops.schema import ABSENT, BLOCK_SAMPLES
 
 
 def has_update(tile: TileModule) -> bool:
@@ -73,7 +73,8 @@ def _pulse(members: list[tuple[TileModule, Tensor]], device: torch.device) -> No
     chunks = [factor_jobs(tile, array, eta[2 * i + array]) for i, (tile, _) in enumerate(members) for array in (A, B)]
     # Chunks of one array follow each other; only the round that runs is unfolded.
     while jobs := [job for job in (next(chunk, None) for chunk in chunks) if job is not None]:
-        _call(ops.pulsed_update_, jobs)
+        *columns, x_top, d_top, cells = (list(column) for column in zip(*jobs, strict=True))
+        ops.pulsed_update_(*columns, [held for own in cells for held in own], x_top, d_top)
 
 
 def _bound(modules: list[TileModule]) -> None:
@@ -108,7 +109,8 @@ def factor_jobs(tile: TileModule, array: int, eta: Tensor) -> Iterator[tuple[Any
     for call in tile.latch.merged():
         if array == A:
             x, d = tile.samples(call.xb), tile.samples(call.d)
-            yield (tile.A.detach(), x, d, eta, tile.tile_state, tile.tile_counts, tile.hyper, A, first, tile.cells(A))
+            own = (tile.tile_state, tile.tile_counts, tile.hyper, A)
+            yield (tile.A.detach(), x, d, eta, *own, first, ABSENT, _or_absent(call.d_top), tile.cells(A))
         else:
             d = tile.samples(call.da)
             for offset, x in tile.patches(call.x):
@@ -122,6 +124,12 @@ def factor_jobs(tile: TileModule, array: int, eta: Tensor) -> Iterator[tuple[Any
                     tile.hyper,
                     B,
                     first + offset,
+                    _or_absent(call.x_top),  # of a layer whose patches are one piece
+                    ABSENT,
                     tile.cells(B),
                 )
         first += -(-d.shape[0] // BLOCK_SAMPLES) * BLOCK_SAMPLES
+
+
+def _or_absent(top: Tensor | None) -> Tensor:
+    return ABSENT if top is None else top

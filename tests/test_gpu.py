@@ -593,3 +593,47 @@ def test_factor_gradients_are_summed_and_kept_in_float32(dtype):
         left, right = left.double(), right.double()
         bound = 300 * 2.0**-24 * (left.abs().t() @ right.abs())
         assert bool(((found.double() - left.t() @ right).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", [True, False], ids=["float32", "half"])
+@pytest.mark.parametrize(("n", "k", "r"), [(4096, 4096, 16), (33, 264, 8), (1, 32, 16), (700, 1056, 3), (17, 96, 16)])
+def test_project(dtype, wide, n, k, r):
+    """x w^T in float64 from the halves, x in half precision to the bit, and its largest magnitudes.
+
+    Tolerance: k products (exact in float32) added up in float32 in any order, k 2^-24 of the sum of magnitudes, and the
+    result in half precision, half an ulp.
+    """
+    generator = torch.Generator().manual_seed(n + r)
+    x, w = torch.randn((n, k), generator=generator), torch.randn((r, k), generator=generator).to(dtype)
+    half = x.to(dtype)
+    rows = torch.full((n, k + r + 8), 5.0, dtype=dtype, device="cuda")
+    z, narrow = rows[:, k : k + r], rows[:, :k]
+    if not wide:
+        narrow.copy_(half)
+    given = x.cuda() if wide else narrow
+    top = torch.ops.lrtt.project_(z, given, w.cuda(), narrow if wide else None)
+    exact, bound = half.double() @ w.double().t(), half.double().abs() @ w.double().abs().t()
+    ulp = torch.finfo(dtype).eps / 2
+    assert bool(((z.cpu().double() - exact).abs() <= (k * 2.0**-24 + ulp) * bound).all())
+    assert torch.equal(narrow.cpu().view(torch.int16), half.view(torch.int16))
+    assert torch.equal(top.cpu(), half.float().abs().amax(1).view(torch.int32))
+    assert bool((rows[:, k + r :] == 5.0).all())
+
+
+def test_given_maxima_are_those_that_the_update_finds():
+    """The same update with and without x_top and d_top, to the bit; a wrong one is refused."""
+    model, (state, counts) = devices.SoftBounds(dw_min=0.002), state_and_counts()
+    hyper = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=model, visible_device=model).pack(40)
+    x, d = torch.randn(300, 40).bfloat16().cuda(), torch.randn(300, 24).bfloat16().cuda()
+    tops = [v.float().abs().amax(1).view(torch.int32) for v in (x, d)]
+    found = []
+    for given in ((None, None), ([tops[0]], [tops[1]]), ([tops[0]], None)):
+        w, own = torch.zeros(24, 40, device="cuda"), counts.clone().cuda()
+        args = ([w], [x], [d], [torch.tensor(0.05, device="cuda")], [state.cuda()], [own], [hyper], [2], [0])
+        torch.ops.lrtt.pulsed_update_(*args, None, *given)
+        found.append((w, own))
+    assert found[0][1][2] > 0
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    with pytest.raises(ValueError, match="x_top and d_top must be int32"):
+        torch.ops.lrtt.pulsed_update_(*args, None, [tops[0][:5].clone()], None)

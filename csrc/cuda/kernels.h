@@ -56,6 +56,20 @@ struct NarrowJob {
 };
 
 void narrow_rows(const NarrowJob& job, Stream stream);
+// z[n, r] = x[n, k] w[r, k]^T in half precision, top[n] magnitude_bits of the largest |x| of that
+// precision. x is float32 (`wide`; then `narrow`
+// gets it in half precision) or of that half precision itself. k is a multiple of 32, r at most 16; rows of x, w and
+// narrow begin at multiples of 16 bytes.
+struct ProjectJob {
+  const void *x, *w;
+  void *narrow, *z;
+  uint32_t* top;
+  int64_t n, x_stride, narrow_stride, z_stride;
+  int k, r, wide, bfloat;
+};
+
+void project(const ProjectJob& job, Stream stream);
+
 // Whether a network of these groups can be relaxed by one kernel on the current device; scratch for so many samples.
 bool hopfield_fits(int odd, int even);
 size_t hopfield_bytes(int64_t samples);

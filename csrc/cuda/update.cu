@@ -43,9 +43,10 @@ __global__ void __launch_bounds__(32 * kMaximaWarps) sample_maxima(const DeviceP
   const DevicePulse& p = find_job(table, count, warp, &DevicePulse::first_sample_warp);
   const int64_t s = warp - p.first_sample_warp;
   const int lane = int(threadIdx.x % 32);
-  uint32_t x = largest(p.job.x, s * p.job.x.ss, p.job.n, lane), d = largest(p.job.d, s * p.job.d.ss, p.job.m, lane);
-  x = warp_max(x);
-  d = warp_max(d);
+  const auto top = [&](const Operand& v, const uint32_t* given, int elements) {
+    return given ? given[s] : warp_max(largest(v, s * v.ss, elements, lane));
+  };
+  const uint32_t x = top(p.job.x, p.job.x_top, p.job.n), d = top(p.job.d, p.job.d_top, p.job.m);
   if (lane == 0) {
     p.maxima[2 * s] = x;
     p.maxima[2 * s + 1] = d;

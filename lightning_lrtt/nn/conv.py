@@ -147,9 +147,9 @@ class _LRTTConv(TileModule):
     def mix(self, z: Tensor, a: Tensor) -> Tensor:
         return self._convolve(z, self._pointwise(a), spatial=False)
 
-    def mix_backward(self, grad: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    def mix_backward(self, grad: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         by_z, by_a = self._convolve_backward(grad, z, self._pointwise(a), (True, True), spatial=False)
-        return by_z, by_a.view_as(a)
+        return by_z, by_a.view_as(a), None
 
     def add_bias(self, y: Tensor) -> Tensor:
         assert self.bias is not None

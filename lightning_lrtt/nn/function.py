@@ -47,7 +47,7 @@ class _LatchedRead(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         ctx.tile, ctx.in_dtype = tile, x.dtype
         with torch.autocast(kind, enabled=False):
-            y, x, z, c, a, b = tile.products(x, c, a, b, tile.config.alpha, dtype)
+            y, x, z, c, a, b, ctx.x_top = tile.products(x, c, a, b, tile.config.alpha, dtype)
         ctx.save_for_backward(x, z, c, a, b)
         return y
 
@@ -58,7 +58,7 @@ class _LatchedRead(torch.autograd.Function):
         alpha = tile.config.alpha
         x, z, c, a, b = ctx.saved_tensors
         grad = grad.to(x.dtype)
-        dz, grad_a = tile.mix_backward(grad, z, a)
+        dz, grad_a, d_top = tile.mix_backward(grad, z, a)
         need_x = ctx.needs_input_grad[0]
         _, by_b = tile.project_backward(dz, x, b, (False, True))
         assert by_b is not None
@@ -75,5 +75,5 @@ class _LatchedRead(torch.autograd.Function):
             tile.latch.enter(torch._C._current_graph_task_id(), tile.A.grad is None)
             tile.latch.samples += z.numel() // a.shape[1]
             if tile.config.is_pulsed:
-                tile.latch.add(Operands(x, z, grad, dz, x._version), grad_a, grad_b)
+                tile.latch.add(Operands(x, z, grad, dz, x._version, ctx.x_top, d_top), grad_a, grad_b)
         return grad_x, None, grad_a, grad_b, None

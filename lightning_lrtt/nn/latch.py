@@ -17,6 +17,8 @@ class Operands:
     d: Tensor
     da: Tensor
     version: int = 0  # of x, which belongs to the user
+    x_top: Tensor | None = None  # int32 [N], as `pulsed_update_` takes them, where the products gave them by the way
+    d_top: Tensor | None = None
 
 
 @dataclass

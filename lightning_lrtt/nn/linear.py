@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lightning_lrtt.config import LRTTConfig
 from lightning_lrtt.nn.tile import TileModule
+from lightning_lrtt.ops.product_kernels import projects
 
 
 class LRTTLinear(TileModule):
@@ -87,8 +88,13 @@ class LRTTLinear(TileModule):
     def mix(self, z: Tensor, a: Tensor) -> Tensor:
         return F.linear(z, a)
 
-    def mix_backward(self, grad: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        return grad @ a, self.outer(grad, z)
+    def mix_backward(self, grad: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        by_a, rows = self.outer(grad, z), self.samples(grad)
+        if grad.dtype not in (torch.bfloat16, torch.float16) or not projects(rows, a.shape[1]):
+            return grad @ a, by_a, None
+        by_z = grad.new_empty((*grad.shape[:-1], a.shape[1]))
+        top = torch.ops.lrtt.project_(self.samples(by_z), rows, a.t().contiguous(), None)
+        return by_z, by_a, top
 
     def outer(self, rows: Tensor, columns: Tensor) -> Tensor:
         """``rows^T columns`` over all samples; of half-precision operands on a GPU in float32, as they are added up."""
@@ -103,7 +109,7 @@ class LRTTLinear(TileModule):
 
     def products(
         self, x: Tensor, c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
         k, r = c.shape[1], b.shape[0]
         # Rows of 16 bytes are what fast kernels ask for; in float16 a small alpha A could vanish.
         if x.dtype == dtype or (k + r) % 8 != 0 or (dtype == torch.float16 and alpha != 1.0):
@@ -114,15 +120,19 @@ class LRTTLinear(TileModule):
         columns = c.new_empty((c.shape[0], k + r), dtype=dtype)
         b = b.to(dtype)
         own_x, z, own_c, own_a = rows[..., :k], rows[..., k:], columns[:, :k], columns[:, k:]
-        torch.ops.lrtt.narrow_rows_(self.samples(own_x), x.reshape(-1, k))
+        top, samples = None, x.reshape(-1, k)
+        if x.dtype == torch.float32 and projects(samples, r):
+            top = torch.ops.lrtt.project_(self.samples(z), samples, b, self.samples(own_x))
+        else:
+            torch.ops.lrtt.narrow_rows_(self.samples(own_x), samples)
+            torch.mm(self.samples(own_x), b.t(), out=self.samples(z))
         torch.ops.lrtt.narrow_rows_(own_c, c)
         if alpha == 1.0:
             a = own_a.copy_(a)
         else:
             a = a.to(dtype)
             torch.mul(a, alpha, out=own_a)
-        torch.mm(self.samples(own_x), b.t(), out=self.samples(z))
-        return F.linear(rows, columns), own_x, z, own_c, a, b
+        return F.linear(rows, columns), own_x, z, own_c, a, b, top
 
     def add_project_backward(self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float) -> None:
         grad_x.view(-1, w.shape[1]).addmm_(self.samples(grad), w, alpha=alpha)

@@ -28,8 +28,8 @@ class Multiplication(nn.Module):
         """z times A^T: r features to d."""
         raise NotImplementedError
 
-    def mix_backward(self, grad: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of `mix` by z and by A."""
+    def mix_backward(self, grad: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of `mix` by z and by A; and `Operands.d_top`, where it is at hand."""
         raise NotImplementedError
 
     def add_mix(self, y: Tensor, z: Tensor, a: Tensor, alpha: float) -> None:
@@ -38,12 +38,15 @@ class Multiplication(nn.Module):
 
     def products(
         self, x: Tensor, c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """``y = project(x, c) + alpha mix(z, a)`` with ``z = project(x, b)`` in ``dtype``; and x, z, c, a, b in it."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """``y = project(x, c) + alpha mix(z, a)`` with ``z = project(x, b)`` in ``dtype``; and x, z, c, a, b in it.
+
+        Last comes `Operands.x_top`, where it is at hand.
+        """
         x, c, a, b = (t.to(dtype) for t in (x, c, a, b))
         z, y = self.project(x, b), self.project(x, c)
         self.add_mix(y, z, a, alpha)
-        return y, x, z, c, a, b
+        return y, x, z, c, a, b, None
 
     def add_project_backward(self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float) -> None:
         """``grad_x += alpha`` times the gradient of `project` by x, in place."""

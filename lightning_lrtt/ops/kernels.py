@@ -131,11 +131,14 @@ def pulsed_update_(
     array: list[int],
     first_sample: list[int],
     cells: list[Tensor] | None = None,
+    x_top: list[Tensor] | None = None,
+    d_top: list[Tensor] | None = None,
 ) -> None:
     op = "pulsed_update_"
     jobs, keep, held = [], [], _CellsList("pulsed_update_", cells)
-    for w_, x_, d_, eta_, state_, counts_, hyper_, array_, first in zip(
-        w, x, d, eta, state, counts, hyper, array, first_sample, strict=True
+    tops = [given or [schema.ABSENT] * len(w) for given in (x_top, d_top)]
+    for w_, x_, d_, eta_, state_, counts_, hyper_, array_, first, *top in zip(
+        w, x, d, eta, state, counts, hyper, array, first_sample, *tops, strict=True
     ):
         _same_device(op, w[0], w=w_, x=x_, d=d_, eta=eta_, state=state_, counts=counts_)
         rows, columns = w_.shape
@@ -170,11 +173,23 @@ def pulsed_update_(
                 _hyper(op, hyper_),
                 array_,
                 held.pointer(hyper_, array_, w_),
+                *(_top(op, t, x_) for t in top),
             )
         )
     held.finish()
     if jobs:
         _run_jobs(w[0], "pulsed_update", jobs)
+
+
+def _top(op: str, top: Tensor, x: Tensor) -> int:
+    if top is schema.ABSENT or top.numel() == 0 and x.shape[0]:
+        return 0
+    if top.shape != (x.shape[0],) or top.dtype != torch.int32 or top.device != x.device or not top.is_contiguous():
+        raise ValueError(
+            f"lrtt::{op}: x_top and d_top must be int32 [{x.shape[0]}] on {x.device}, got {top.dtype} {list(top.shape)} on "
+            f"{top.device}; leave them out, or take what project_ returns"
+        )
+    return top.data_ptr()
 
 
 def _tile_jobs(

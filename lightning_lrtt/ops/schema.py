@@ -41,12 +41,15 @@ CELL_NUMBERS: int = LAYOUT["cell_numbers"]  # what `draw_cells` gives of a cell
 IO_SIZE = len(LAYOUT["io"])
 SEGMENT_DEPTH: int = LAYOUT["segment_depth"]  # of the stack on which segments are added (csrc/segments.h)
 
+ABSENT = torch.empty(0, dtype=torch.int32)  # in a list of optional tensors
+
 library = torch.library.Library("lrtt", "DEF")
 
 # w -= eta d x^T for every sample in order, as pulses on each cell's device.
 library.define(
     "pulsed_update_(Tensor(a!)[] w, Tensor[] x, Tensor[] d, Tensor[] eta, Tensor[] state, Tensor(b!)[] counts, "
-    "Tensor[] hyper, int[] array, int[] first_sample, Tensor(c!)[]? cells=None) -> ()"
+    "Tensor[] hyper, int[] array, int[] first_sample, Tensor(c!)[]? cells=None, Tensor[]? x_top=None, "
+    "Tensor[]? d_top=None) -> ()"
 )
 # Ends an optimizer step: counter += 1 or samples; where it is due (or forced) C += tau A B, A <- 0, B <- fresh.
 library.define(
@@ -95,6 +98,9 @@ library.define(
 )
 # float32 g + alpha z b, [n, k] + [n, r] [r, k], of half-precision operands.
 library.define("add_product(Tensor g, Tensor z, Tensor b, float alpha) -> Tensor")
+# z [n, r] <- x [n, k] w [r, k]^T in w's dtype, and x in it into `narrow`; returns int32 [n], the bits of the largest |x|
+# of that dtype as float32: what `pulsed_update_` takes as x_top or d_top.
+library.define("project_(Tensor(a!) z, Tensor x, Tensor w, Tensor(b!)? narrow) -> Tensor")
 # x [n, k] into out, whose dtype is lower and whose rows may be part of longer ones.
 library.define("narrow_rows_(Tensor(a!) out, Tensor x) -> ()")
 # Decodes GGML blocks: blocks uint8 [rows * bytes of a row], out [rows, columns] float32 or bfloat16 with unit stride in a
@@ -233,6 +239,15 @@ def _(g, z, b, alpha):  # type: ignore[no-untyped-def]
         lambda: f"add_product: g [n, k], z [n, r], b [r, k] must agree, got {[list(t.shape) for t in (g, z, b)]}",
     )
     return g.new_empty(g.shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("lrtt::project_", lib=library)
+def _(z, x, w, narrow):  # type: ignore[no-untyped-def]
+    torch._check(
+        x.dim() == w.dim() == 2 and x.shape[1] == w.shape[1] and tuple(z.shape) == (x.shape[0], w.shape[0]),
+        lambda: f"project_: z [n, r], x [n, k], w [r, k] must agree, got {[list(t.shape) for t in (z, x, w)]}",
+    )
+    return x.new_empty(x.shape[0], dtype=torch.int32)
 
 
 @torch.library.register_fake("lrtt::narrow_rows_", lib=library)
