@@ -59,6 +59,23 @@ def segment_sum_cuda(
 def add_product_cuda(
     g: int, z: int, b: int, out: int, n: int, k: int, r: int, alpha: float, bfloat: bool, stream: int, /
 ) -> None: ...
+def project_cuda(
+    x: int,
+    w: int,
+    narrow: int,
+    z: int,
+    top: int,
+    n: int,
+    x_stride: int,
+    narrow_stride: int,
+    z_stride: int,
+    k: int,
+    r: int,
+    wide: bool,
+    bfloat: bool,
+    stream: int,
+    /,
+) -> None: ...
 def narrow_rows_cuda(x: int, out: int, n: int, stride: int, k: int, bfloat: bool, stream: int, /) -> None: ...
 
 # Operators on the cells of one array.

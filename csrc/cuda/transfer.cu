@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "pulses.cuh"
+#include "rectangles.cuh"
 
 namespace lrtt::cuda {
 namespace {
@@ -115,45 +116,19 @@ __global__ void __launch_bounds__(kBlockSamples)
 
 // ------------------------------------------------------------------ digital
 
-__device__ __forceinline__ void set(const DeviceParams& device, const int64_t* state, uint32_t array, int64_t cell,
-                                    Held held, float target, WriteEvent event, uint32_t c2) {
-  const CellId id{uint64_t(state[kKey]), array, uint32_t(cell)};
-  with_device(int(device.kind), [&](auto model) { set_cell<decltype(model)>(device, id, held, target, event, c2); });
-}
-
-template <class T>
-__device__ void add_product(const TransferJob& job, int64_t cell) {
-  const T *a = static_cast<const T*>(job.a), *b = static_cast<const T*>(job.b);
-  T* c = static_cast<T*>(job.c);
-  const int64_t i = cell / job.k, j = cell % job.k;
-  T sum = T(0);
-  for (int q = 0; q < job.r; ++q) sum += a[i * job.r + q] * b[int64_t(q) * job.k + j];
-  // On noisy cells it adds to what they hold, not to what a read shows.
-  const T before = hold(job.visible) == kNoisy ? T(job.cells_c[cell]) : c[cell];
-  const T w = before + T(job.tile.tau) * sum;
-  if (int(job.visible.kind) == kIdealFloat) {
-    c[cell] = w;
-  } else {
-    const Held held{static_cast<float*>(job.c), job.cells_c, int64_t(job.d) * job.k};
-    set(job.visible, job.state, kC, cell, held, float(w), kByTransfer, uint32_t(job.state[kStep]));
-  }
-}
-
 // Resident blocks run through the cells of all tiles: a launch that finds no tile due must cost next to nothing.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kRectangleThreads, 2)
     transfer_digital(const DeviceTransfer* table, int count, int64_t blocks, int force) {
+  __shared__ double left[kTerms * kRowGroups * rows_each<double>];
+  static_assert(rows_each<float> * sizeof(float) == rows_each<double> * sizeof(double), "room for either");
   bool due = false;
-  for (int i = threadIdx.x; i < count; i += kThreads) due |= table[i].pulse < 0 && fires(table[i].job, force);
+  for (int i = threadIdx.x; i < count; i += kRectangleThreads) due |= table[i].pulse < 0 && fires(table[i].job, force);
   if (!__syncthreads_or(due)) return;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const DeviceTransfer& t = find_job(table, count, block, &DeviceTransfer::first_cell_block);
     if (t.pulse >= 0 || !fires(t.job, force)) continue;
-    const int64_t first = (block - t.first_cell_block) * kThreads * kItems + threadIdx.x;
-    for (int i = 0; i < kItems; ++i) {
-      const int64_t cell = first + int64_t(i) * kThreads;
-      if (cell < int64_t(t.job.d) * t.job.k)
-        t.job.is_double ? add_product<double>(t.job, cell) : add_product<float>(t.job, cell);
-    }
+    const int64_t rectangle = block - t.first_cell_block;
+    t.job.is_double ? add_products<double>(t.job, rectangle, left) : add_products<float>(t.job, rectangle, left);
   }
 }
 
@@ -283,7 +258,7 @@ struct Layout {
       reinits += blocks_of(a > b ? a : b, kThreads * kItems);
       if (int(job.tile.transfer_mode) == kDigital) {
         digital = true;
-        cells += blocks_of(int64_t(job.d) * job.k, kThreads * kItems);
+        cells += rectangles(job);
       } else {
         t.terms = arena.take<Term>(size_t(job.r));
         order.push_back(tiles.size());
@@ -347,9 +322,9 @@ void transfer(const std::vector<TransferJob>& list, bool forced, void* workspace
                  stream);
   }
   if (layout.digital) {
-    const int64_t most = int64_t(2048 / kThreads) * processors();
-    transfer_digital<<<unsigned(layout.cells < most ? layout.cells : most), kThreads, 0, stream>>>(layout.table, count,
-                                                                                                   layout.cells, force);
+    const int64_t most = int64_t(2048 / kRectangleThreads) * processors();
+    transfer_digital<<<unsigned(layout.cells < most ? layout.cells : most), kRectangleThreads, 0, stream>>>(
+        layout.table, count, layout.cells, force);
   }
   launch_reinit(layout, force, 0, stream);
   advance<<<unsigned(blocks_of(count, kThreads)), kThreads, 0, stream>>>(layout.table, count, force);
