@@ -60,10 +60,10 @@ def factor_pulses(optimizer: LRTT, tile: TileModule, group: int) -> dict[str, Te
         ).pack(tile.tile_shape[1])
         for array, name in ((A, "A"), (B, "B")):
             w = torch.zeros_like(found[name])
-            for _, x, d, rate, state, counts, _, number, start, _ in factor_jobs(tile, array, eta[array]):
-                torch.ops.lrtt.pulsed_update_(
-                    [w], [x], [d], [rate], [state], [counts.clone()], [hyper], [number], [start], []
-                )
+            for job in factor_jobs(tile, array, eta[array]):
+                own = job._replace(w=w, counts=job.counts.clone(), hyper=hyper)
+                *columns, _, x_top, d_top = ([column] for column in own)
+                torch.ops.lrtt.pulsed_update_(*columns, [], x_top, d_top)
             found[name] += w.abs()
     return found
 

@@ -313,10 +313,10 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release unlocked;
     cuda::segment_sum(s.call, scratch(workspace), scratch(stream));
   });
-  m.def("add_product_cuda", [=](uintptr_t g, uintptr_t z, uintptr_t b, uintptr_t out, int64_t n, int k, int r,
-                                float alpha, bool bfloat, uintptr_t stream) {
-    cuda::add_product({scratch(g), scratch(z), scratch(b), reinterpret_cast<float*>(out), n, k, r, alpha, bfloat},
-                      scratch(stream));
+  m.def("merge_cuda", [=](uintptr_t c, uintptr_t a, uintptr_t b, uintptr_t out, int64_t d, int k, int r, float alpha,
+                          bool bfloat, uintptr_t stream) {
+    const auto factor = [](uintptr_t p) { return reinterpret_cast<const float*>(p); };
+    cuda::merge({factor(c), factor(a), factor(b), scratch(out), d, k, r, alpha, bfloat}, scratch(stream));
   });
   m.def("project_cuda",
         [=](uintptr_t x, uintptr_t w, uintptr_t narrow, uintptr_t z, uintptr_t top, int64_t n, int64_t x_stride,
@@ -324,10 +324,6 @@ PYBIND11_MODULE(_C, m) {
           cuda::project({scratch(x), scratch(w), scratch(narrow), scratch(z), reinterpret_cast<uint32_t*>(top), n,
                          x_stride, narrow_stride, z_stride, k, r, wide, bfloat},
                         scratch(stream));
-        });
-  m.def("narrow_rows_cuda",
-        [=](uintptr_t x, uintptr_t out, int64_t n, int64_t stride, int k, bool bfloat, uintptr_t stream) {
-          cuda::narrow_rows({reinterpret_cast<const float*>(x), scratch(out), n, stride, k, bfloat}, scratch(stream));
         });
   m.def("draw_cells_cuda", [=](const py::tuple& job, uintptr_t out, uintptr_t stream) {
     cuda::draw_cells(cells_job(job), reinterpret_cast<float*>(out), scratch(stream));

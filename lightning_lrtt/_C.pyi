@@ -56,8 +56,8 @@ def segment_sum_cuda_bytes(
 def segment_sum_cuda(
     jobs: _Jobs, program: _Program, weights: int, scale: int, stats: int, redo: bool, scratch: int, stream: int, /
 ) -> None: ...
-def add_product_cuda(
-    g: int, z: int, b: int, out: int, n: int, k: int, r: int, alpha: float, bfloat: bool, stream: int, /
+def merge_cuda(
+    c: int, a: int, b: int, out: int, d: int, k: int, r: int, alpha: float, bfloat: bool, stream: int, /
 ) -> None: ...
 def project_cuda(
     x: int,
@@ -76,7 +76,6 @@ def project_cuda(
     stream: int,
     /,
 ) -> None: ...
-def narrow_rows_cuda(x: int, out: int, n: int, stride: int, k: int, bfloat: bool, stream: int, /) -> None: ...
 
 # Operators on the cells of one array.
 def draw_cells_cpu(job: _Job, out: int, threads: int, /) -> None: ...

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def _pulse(members: list[tuple[TileModule, Tensor]], device: torch.device) -> No
     chunks = [factor_jobs(tile, array, eta[2 * i + array]) for i, (tile, _) in enumerate(members) for array in (A, B)]
     # Chunks of one array follow each other; only the round that runs is unfolded.
     while jobs := [job for job in (next(chunk, None) for chunk in chunks) if job is not None]:
-        *columns, x_top, d_top, cells = (list(column) for column in zip(*jobs, strict=True))
+        *columns, cells, x_top, d_top = (list(column) for column in zip(*jobs, strict=True))
         ops.pulsed_update_(*columns, [held for own in cells for held in own], x_top, d_top)
 
 
@@ -94,42 +94,39 @@ def _relax(modules: list[TileModule]) -> None:
         arrays += [(C, tile.matrix)] if visible is not None and visible.relaxes else []
         jobs += [(w, tile.tile_state, tile.hyper, array, tile.cells(array)) for array, w in arrays]
     if jobs:
-        _call(torch.ops.lrtt.relax_, jobs)
+        *columns, cells = (list(column) for column in zip(*jobs, strict=True))
+        torch.ops.lrtt.relax_(*columns, [held for own in cells for held in own])
 
 
-def _call(op: Callable[..., None], jobs: list[tuple[Any, ...]]) -> None:
-    """An operator on jobs whose last entry lists what the cells of their array hold."""
-    *columns, cells = zip(*jobs, strict=True)
-    op(*(list(column) for column in columns), [held for own in cells for held in own])
+class FactorJob(NamedTuple):
+    """Arguments of ``pulsed_update_`` for A or B, in their order; of ``cells`` what one array holds."""
+
+    w: Tensor
+    x: Tensor
+    d: Tensor
+    eta: Tensor
+    state: Tensor
+    counts: Tensor
+    hyper: Tensor
+    array: int
+    first_sample: int
+    cells: list[Tensor]
+    x_top: Tensor
+    d_top: Tensor
 
 
-def factor_jobs(tile: TileModule, array: int, eta: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Arguments of ``pulsed_update_`` for A or B, in chunks that must run one after the other."""
+def factor_jobs(tile: TileModule, array: int, eta: Tensor) -> Iterator[FactorJob]:
+    """The update of A or B, in chunks that must run one after the other."""
     first = 0  # sample index of the call; calls that cannot be merged start at whole blocks
+    w, own = (tile.A, tile.B)[array].detach(), (tile.tile_state, tile.tile_counts, tile.hyper, array)
     for call in tile.latch.merged():
+        d_top, x_top = (ABSENT if top is None else top for top in (call.d_top, call.x_top))
         if array == A:
             x, d = tile.samples(call.xb), tile.samples(call.d)
-            own = (tile.tile_state, tile.tile_counts, tile.hyper, A)
-            yield (tile.A.detach(), x, d, eta, *own, first, ABSENT, _or_absent(call.d_top), tile.cells(A))
+            yield FactorJob(w, x, d, eta, *own, first, tile.cells(A), ABSENT, d_top)
         else:
             d = tile.samples(call.da)
-            for offset, x in tile.patches(call.x):
-                yield (
-                    tile.B.detach(),
-                    x,
-                    d[offset : offset + x.shape[0]],
-                    eta,
-                    tile.tile_state,
-                    tile.tile_counts,
-                    tile.hyper,
-                    B,
-                    first + offset,
-                    _or_absent(call.x_top),  # of a layer whose patches are one piece
-                    ABSENT,
-                    tile.cells(B),
-                )
+            for offset, x in tile.patches(call.x):  # where x_top is given, they are one piece
+                part = d[offset : offset + x.shape[0]]
+                yield FactorJob(w, x, part, eta, *own, first + offset, tile.cells(B), x_top, ABSENT)
         first += -(-d.shape[0] // BLOCK_SAMPLES) * BLOCK_SAMPLES
-
-
-def _or_absent(top: Tensor | None) -> Tensor:
-    return ABSENT if top is None else top

@@ -78,7 +78,7 @@ def test_single_slots_of_trains_that_may_be_long(pulse: PulseConfig, columns: in
     model = DEVICES["soft"]
     config = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=model, visible_device=model, pulse=pulse)
     generator = torch.Generator().manual_seed(columns)
-    x, d = (torch.rand(1100, n, generator=generator).to(dtype).float() - 0.5 for n in (columns, 6))
+    x, d = ((torch.rand(1100, n, generator=generator) - 0.5).to(dtype).float() for n in (columns, 6))
     state, counts = state_and_counts()
     hyper, eta = config.pack(columns), torch.tensor(0.004)  # eta max|x| max|d| / dw_min <= 0.5: one slot a sample
 

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from lightning_lrtt import LRTT, LRTTConfig, PulseConfig, convert_to_digital, convert_to_lrtt, devices
 from lightning_lrtt.nn import LRTTConv1d, LRTTConv2d, LRTTLinear, find_tiles
 from lightning_lrtt.nn import conv as conv_module
-from lightning_lrtt.nn.multiplication import Multiplication
 from lightning_lrtt.ops import CYCLE, KEY
 from lightning_lrtt.ops.schema import BLOCK_SAMPLES
 
@@ -194,33 +193,43 @@ def test_autocast_output_has_the_autocast_dtype(tiled, config):
         assert layer(randn(0, 2, 4, 4)).dtype == torch.bfloat16
 
 
-def test_one_product_under_autocast_is_the_sum_of_two(monkeypatch):
-    """y by [x, x B^T] [C, alpha A]^T against x C^T + alpha (x B^T) A^T; what the update takes is the same.
+@pytest.mark.parametrize("shape", [(2, 3, 12), (2, 3, 9)], ids=["linear", "conv"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32 input", "bf16 input"])
+def test_autocast_reads_the_effective_weight_rounded_once(shape, dtype):
+    """y and x.grad against C + alpha A B in float64; the operands of the update are x, x B^T, d and d A as ever.
 
-    Tolerance: y is rounded to bf16 once instead of twice, and alpha A instead of its product: 2^-8 of the sum of magnitudes
-    of its two parts, each.
+    Tolerance: x (or d), the weight and the result are rounded to bf16 once each, 2^-9 of the sum of magnitudes; what float32
+    sums add is below a tenth of that.
     """
     soft = devices.SoftBounds(dw_min=0.01)
     config = LRTTConfig(rank=4, alpha=0.3, reinit_gain=1.0, fast_device=soft, visible_device=soft)
-    found = []
-    for apart in (False, True):
-        if apart:
-            monkeypatch.setattr(LRTTLinear, "products", Multiplication.products)
-        layer = LRTTLinear(12, 5, bias=False, config=config, tile=0)
-        with torch.no_grad():
-            layer.A.copy_(0.3 * randn(1, 5, 4))
-            layer.weight.copy_(0.3 * randn(2, 5, 12))
-        x = randn(3, 2, 3, 12).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            y = layer(x)
-        y.backward(randn(4, 2, 3, 5).bfloat16())
-        (call,) = layer.latch.calls
-        found.append((y, x.grad, layer.A.grad, layer.B.grad, call.x, call.xb, call.d, call.da))
-        parts = x.abs() @ layer.weight.abs().t() + 0.3 * (x @ layer.B.t()).abs() @ layer.A.abs().t()
-    one, two = found
-    assert (one[0].float() - two[0].float()).abs().le(2 * 2**-8 * parts).all()
-    for ours, theirs in zip(one[1:], two[1:], strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=1e-6)
+    linear = shape[-1] == 12
+    layer = LRTTLinear(12, 5, bias=False, config=config) if linear else LRTTConv1d(3, 5, 4, bias=False, config=config)
+    with torch.no_grad():
+        layer.A.copy_(0.3 * randn(1, 5, 4))
+        layer.weight.copy_(0.3 * randn(2, *layer.weight.shape))
+    digital = layer.to_digital().double()
+    magnitudes = layer.to_digital().double()
+    with torch.no_grad():
+        magnitudes.weight.copy_((layer.matrix.abs() + 0.3 * layer.A.abs() @ layer.B.abs()).view(layer.weight.shape))
+    x = randn(3, *shape).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    d = randn(4, *y.shape).bfloat16()
+    y.backward(d)
+    exact, large = (v.detach().double().requires_grad_() for v in (x, x.abs()))
+    exact_y, large_y = digital(exact), magnitudes(large)
+    exact_y.backward(d.double())
+    large_y.backward(d.double().abs())
+    bound = 3.3 * 2.0**-9
+    assert y.dtype == torch.bfloat16 and x.grad.dtype == dtype
+    assert ((y.double() - exact_y).abs() <= bound * large_y).all()
+    assert ((x.grad.double() - exact.grad).abs() <= bound * large.grad).all()
+    (call,) = layer.latch.calls
+    bf16 = [t.bfloat16() for t in (x, layer.B, layer.A)]
+    assert torch.equal(call.x, bf16[0]) and torch.equal(call.d, d)
+    torch.testing.assert_close(call.xb, layer.project(bf16[0], bf16[1]))
+    torch.testing.assert_close(call.da, layer.mix_backward(d, call.xb, bf16[2])[0])
 
 
 # ------------------------------------------------------------------ conversion

@@ -33,33 +33,22 @@ void read_input(const InputJob& job, Stream stream);
 void read_output(const OutputJob& job, Stream stream);
 void read_product(const ProductJob& job, Stream stream);
 
-// out[n, k] = g[n, k] + alpha z[n, r] b[r, k]: half-precision operands (bfloat16 or float16), contiguous and aligned to
-// 16 bytes, k a multiple of 4, r at most 32; out is float32.
-struct SumJob {
-  const void *g, *z, *b;
-  float* out;
-  int64_t n;
+// out[d, k] = c[d, k] + alpha a[d, r] b[r, k] in half precision (bfloat16 or float16): contiguous, c, b and out aligned
+// to 16 bytes, k a multiple of 4, r at most 32, d at most 2^20.
+struct MergeJob {
+  const float *c, *a, *b;
+  void* out;
+  int64_t d;
   int k, r;
   float alpha;
   int bfloat;
 };
 
-void add_product(const SumJob& job, Stream stream);
+void merge(const MergeJob& job, Stream stream);
 
-// out[n, k] = x[n, k] in half precision (bfloat16 or float16, to the nearest, halves to even): x is contiguous, the
-// rows of out are `stride` elements apart, k and stride multiples of 8, both aligned to 16 bytes.
-struct NarrowJob {
-  const float* x;
-  void* out;
-  int64_t n, stride;
-  int k, bfloat;
-};
-
-void narrow_rows(const NarrowJob& job, Stream stream);
-// z[n, r] = x[n, k] w[r, k]^T in half precision, top[n] magnitude_bits of the largest |x| of that
-// precision. x is float32 (`wide`; then `narrow`
-// gets it in half precision) or of that half precision itself. k is a multiple of 32, r at most 16; rows of x, w and
-// narrow begin at multiples of 16 bytes.
+// z[n, r] = x[n, k] w[r, k]^T in half precision, top[n] magnitude_bits of the largest |x| of that precision. x is
+// float32 (`wide`; then `narrow` gets it in half precision) or of that half precision itself. k is a multiple of 32, r
+// at most 16; rows of x, w and narrow begin at multiples of 16 bytes.
 struct ProjectJob {
   const void *x, *w;
   void *narrow, *z;

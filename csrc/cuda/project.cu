@@ -5,10 +5,8 @@
 // 16 x 8 pieces of w^T on the tensor cores (mma.m16n8k16); the columns of a piece may be numbered in any order as long
 // as both operands agree, so a thread takes neighbouring ones: kPiece of them in whole loads. The warps' sums are added
 // in their order.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "common.cuh"
+#include "halves.cuh"
 
 namespace lrtt::cuda {
 namespace {
@@ -17,15 +15,6 @@ constexpr int kWarps = 8, kRows = 16, kRank = 16;
 constexpr int kPiece = 8;          // neighbouring columns of a thread
 constexpr int kStep = 4 * kPiece;  // columns of a warp's step
 constexpr int kAhead = 4;          // steps whose loads are under way together
-
-__device__ __forceinline__ uint32_t narrow_pair(float low, float high, bool bfloat) {
-  if (bfloat) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-  const __half2 pair = __floats2half2_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
 
 template <bool bfloat>
 __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -63,8 +52,8 @@ __device__ __forceinline__ uint4 halves(const Raw<wide>& raw) {
   if constexpr (wide) {
     const uint4 a = raw.part[0], b = raw.part[1];
     return make_uint4(
-        narrow_pair(from_bits(a.x), from_bits(a.y), bfloat), narrow_pair(from_bits(a.z), from_bits(a.w), bfloat),
-        narrow_pair(from_bits(b.x), from_bits(b.y), bfloat), narrow_pair(from_bits(b.z), from_bits(b.w), bfloat));
+        narrow_pair<bfloat>(from_bits(a.x), from_bits(a.y)), narrow_pair<bfloat>(from_bits(a.z), from_bits(a.w)),
+        narrow_pair<bfloat>(from_bits(b.x), from_bits(b.y)), narrow_pair<bfloat>(from_bits(b.z), from_bits(b.w)));
   } else {
     return raw.part[0];
   }
@@ -149,7 +138,7 @@ __global__ void __launch_bounds__(32 * kWarps, 2) project_rows(const ProjectJob 
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) sum += sums[i][row][q];
   if (q < job.r)
-    static_cast<uint16_t*>(job.z)[(row0 + row) * job.z_stride + q] = uint16_t(narrow_pair(sum, 0.0f, bfloat));
+    static_cast<uint16_t*>(job.z)[(row0 + row) * job.z_stride + q] = uint16_t(narrow_pair<bfloat>(sum, 0.0f));
   if (q == 0) {
     uint32_t most = 0;
 #pragma unroll

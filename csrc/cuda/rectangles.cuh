@@ -16,10 +16,15 @@ __device__ __forceinline__ void set(const DeviceParams& device, const int64_t* s
 constexpr int kRectangleThreads = 256;
 constexpr int kTileLanes = 64, kColumnsEach = 4, kTileColumns = kTileLanes * kColumnsEach;
 constexpr int kRowGroups = kRectangleThreads / kTileLanes;
-constexpr int kTerms = 16;  // of A that lie in shared memory together
+constexpr int kTerms = 16;  // of A and B that lie in shared memory together
 
 template <class T>
 constexpr int rows_each = 32 / int(sizeof(T));
+
+template <class T>
+struct alignas(16) Terms {
+  T left[kTerms][kRowGroups * rows_each<T>], right[kTerms][kTileColumns];
+};
 
 inline int64_t rectangles(const TransferJob& job) {
   return blocks_of(job.d, kRowGroups * (job.is_double ? rows_each<double> : rows_each<float>)) *
@@ -28,58 +33,65 @@ inline int64_t rectangles(const TransferJob& job) {
 
 // The sums over q run in order, a product rounded before it is added, as on the CPU.
 template <class T>
-__device__ __forceinline__ void add_products(const TransferJob& job, int64_t rectangle, void* memory) {
+__device__ __forceinline__ void add_products(const TransferJob& job, int64_t rectangle, Terms<T>& terms) {
   constexpr int rows = rows_each<T>, tile_rows = kRowGroups * rows;
-  T(*left)[tile_rows] = static_cast<T(*)[tile_rows]>(memory);  // [kTerms][tile_rows] of A
   const T *a = static_cast<const T*>(job.a), *b = static_cast<const T*>(job.b);
   T* c = static_cast<T*>(job.c);
-  const int64_t across = (job.k + kTileColumns - 1) / kTileColumns;
-  const int64_t row0 = rectangle / across * tile_rows, own0 = row0 + int(threadIdx.x) / kTileLanes * rows;
-  const int column0 = int(rectangle % across) * kTileColumns + int(threadIdx.x) % kTileLanes;
-  const auto each = [&](auto&& use) {
-#pragma unroll
-    for (int i = 0; i < rows; ++i)
-#pragma unroll
-      for (int h = 0; h < kColumnsEach; ++h)
-        if (own0 + i < job.d && column0 + h * kTileLanes < job.k)
-          use(i, h, (own0 + i) * job.k + column0 + h * kTileLanes);
-  };
   // On noisy cells it adds to what they hold, not to what a read shows.
-  const bool noisy = hold(job.visible) == kNoisy;
+  const T* from = hold(job.visible) == kNoisy ? reinterpret_cast<const T*>(job.cells_c) : c;
+  const T tau = T(job.tile.tau);
+  const int d = job.d, k = job.k, r = job.r;
+  const int across = (k + kTileColumns - 1) / kTileColumns, row0 = int(rectangle / across) * tile_rows;
+  const int group = int(threadIdx.x) / kTileLanes * rows, own0 = row0 + group;
+  const int column0 = int(rectangle % across) * kTileColumns + int(threadIdx.x) % kTileLanes;
+  const auto inside = [&](int i, int h) { return own0 + i < d && column0 + h * kTileLanes < k; };
+  const int64_t cell0 = int64_t(own0) * k + column0;
   T before[rows][kColumnsEach], sum[rows][kColumnsEach] = {};
-  each([&](int i, int h, int64_t cell) { before[i][h] = noisy ? T(job.cells_c[cell]) : c[cell]; });
-  for (int q0 = 0; q0 < job.r; q0 += kTerms) {
-    const int many = min(job.r - q0, kTerms);
+#pragma unroll
+  for (int i = 0; i < rows; ++i)
+#pragma unroll
+    for (int h = 0; h < kColumnsEach; ++h)
+      before[i][h] = inside(i, h) ? from[cell0 + int64_t(i) * k + h * kTileLanes] : T(0);
+  for (int q0 = 0; q0 < r; q0 += kTerms) {
+    const int many = min(r - q0, kTerms);
     __syncthreads();  // the terms before are done with
     for (int i = int(threadIdx.x); i < tile_rows * kTerms; i += kRectangleThreads) {
       const int row = i / kTerms, q = i % kTerms;
-      if (row0 + row < job.d && q < many) left[q][row] = a[(row0 + row) * job.r + q0 + q];
+      if (row0 + row < d && q < many) terms.left[q][row] = a[int64_t(row0 + row) * r + q0 + q];
     }
+    static_assert(kTileColumns == kRectangleThreads, "a thread for each column");
+    const int column = int(rectangle % across) * kTileColumns + int(threadIdx.x);
+#pragma unroll
+    for (int q = 0; q < kTerms; ++q)
+      if (q < many && column < k) terms.right[q][threadIdx.x] = b[int64_t(q0 + q) * k + column];
     __syncthreads();
 #pragma unroll 4
     for (int q = 0; q < many; ++q) {
-      T right[kColumnsEach];
+      T right[kColumnsEach], own[rows];
 #pragma unroll
-      for (int h = 0; h < kColumnsEach; ++h) {
-        const int column = column0 + h * kTileLanes;
-        right[h] = column < job.k ? b[int64_t(q0 + q) * job.k + column] : T(0);
-      }
+      for (int h = 0; h < kColumnsEach; ++h) right[h] = terms.right[q][int(threadIdx.x) % kTileLanes + h * kTileLanes];
+      static_assert(rows * sizeof(T) == 2 * sizeof(uint4), "two loads");
+      const uint4* rest = reinterpret_cast<const uint4*>(&terms.left[q][group]);
+      reinterpret_cast<uint4*>(own)[0] = rest[0];
+      reinterpret_cast<uint4*>(own)[1] = rest[1];
 #pragma unroll
       for (int i = 0; i < rows; ++i)
 #pragma unroll
-        for (int h = 0; h < kColumnsEach; ++h) sum[i][h] += left[q][int(own0 - row0) + i] * right[h];
+        for (int h = 0; h < kColumnsEach; ++h) sum[i][h] += own[i] * right[h];
     }
   }
-  const T tau = T(job.tile.tau);
-  each([&](int i, int h, int64_t cell) { c[cell] = before[i][h] + tau * sum[i][h]; });
+#pragma unroll
+  for (int i = 0; i < rows; ++i)
+#pragma unroll
+    for (int h = 0; h < kColumnsEach; ++h)
+      if (inside(i, h)) c[cell0 + int64_t(i) * k + h * kTileLanes] = before[i][h] + tau * sum[i][h];
   if (int(job.visible.kind) == kIdealFloat) return;
   // Written through the device: what drawing a cell takes is not to be in the loops above.
-  const Held held{static_cast<float*>(job.c), job.cells_c, int64_t(job.d) * job.k};
+  const Held held{static_cast<float*>(job.c), job.cells_c, int64_t(d) * k};
 #pragma unroll 1
   for (int i = 0; i < rows * kColumnsEach; ++i) {
-    const int64_t row = own0 + i / kColumnsEach, column = column0 + i % kColumnsEach * kTileLanes;
-    if (row >= job.d || column >= job.k) continue;
-    const int64_t cell = row * job.k + column;
+    if (!inside(i / kColumnsEach, i % kColumnsEach)) continue;
+    const int64_t cell = cell0 + int64_t(i / kColumnsEach) * k + i % kColumnsEach * kTileLanes;
     set(job.visible, job.state, kC, cell, held, held.w[cell], kByTransfer, uint32_t(job.state[kStep]));
   }
 }

@@ -119,8 +119,7 @@ __global__ void __launch_bounds__(kBlockSamples)
 // Resident blocks run through the cells of all tiles: a launch that finds no tile due must cost next to nothing.
 __global__ void __launch_bounds__(kRectangleThreads, 2)
     transfer_digital(const DeviceTransfer* table, int count, int64_t blocks, int force) {
-  __shared__ double left[kTerms * kRowGroups * rows_each<double>];
-  static_assert(rows_each<float> * sizeof(float) == rows_each<double> * sizeof(double), "room for either");
+  __shared__ alignas(16) unsigned char memory[sizeof(Terms<double>)];
   bool due = false;
   for (int i = threadIdx.x; i < count; i += kRectangleThreads) due |= table[i].pulse < 0 && fires(table[i].job, force);
   if (!__syncthreads_or(due)) return;
@@ -128,7 +127,11 @@ __global__ void __launch_bounds__(kRectangleThreads, 2)
     const DeviceTransfer& t = find_job(table, count, block, &DeviceTransfer::first_cell_block);
     if (t.pulse >= 0 || !fires(t.job, force)) continue;
     const int64_t rectangle = block - t.first_cell_block;
-    t.job.is_double ? add_products<double>(t.job, rectangle, left) : add_products<float>(t.job, rectangle, left);
+    if (t.job.is_double) {
+      add_products(t.job, rectangle, reinterpret_cast<Terms<double>&>(memory));
+    } else {
+      add_products(t.job, rectangle, reinterpret_cast<Terms<float>&>(memory));
+    }
   }
 }
 

@@ -47,16 +47,17 @@ class _LatchedRead(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         ctx.tile, ctx.in_dtype = tile, x.dtype
         with torch.autocast(kind, enabled=False):
-            y, x, z, c, a, b, ctx.x_top = tile.products(x, c, a, b, tile.config.alpha, dtype)
-        ctx.save_for_backward(x, z, c, a, b)
-        return y
+            found = tile.products(x, c, a, b, tile.config.alpha, dtype)
+        ctx.merged, ctx.x_top = found.merged, found.x_top
+        ctx.save_for_backward(found.x, found.z, found.w, found.a, found.b)
+        return found.y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tile: TileModule = ctx.tile
         alpha = tile.config.alpha
-        x, z, c, a, b = ctx.saved_tensors
+        x, z, w, a, b = ctx.saved_tensors
         grad = grad.to(x.dtype)
         dz, grad_a, d_top = tile.mix_backward(grad, z, a)
         need_x = ctx.needs_input_grad[0]
@@ -64,9 +65,9 @@ class _LatchedRead(torch.autograd.Function):
         assert by_b is not None
         grad_x = None
         if need_x:
-            by_x, _ = tile.project_backward(grad, x, c, (True, False))
-            assert by_x is not None
-            grad_x = tile.with_project_backward(by_x, dz, x, b, alpha, ctx.in_dtype)
+            grad_x = tile.input_gradient(grad, x, w, ctx.in_dtype)
+            if not ctx.merged:
+                tile.add_input_gradient(grad_x, dz, x, b, alpha)
         grad_b = by_b
         if alpha != 1.0:
             grad_a, grad_b = alpha * grad_a, alpha * grad_b

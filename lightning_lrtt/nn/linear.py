@@ -13,6 +13,8 @@ from lightning_lrtt.config import LRTTConfig
 from lightning_lrtt.nn.tile import TileModule
 from lightning_lrtt.ops.product_kernels import projects
 
+_HALVES = (torch.bfloat16, torch.float16)
+
 
 class LRTTLinear(TileModule):
     """``y = x (C + alpha A B)^T + bias`` with C, A, B on an LR-TT tile.
@@ -90,7 +92,7 @@ class LRTTLinear(TileModule):
 
     def mix_backward(self, grad: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         by_a, rows = self.outer(grad, z), self.samples(grad)
-        if grad.dtype not in (torch.bfloat16, torch.float16) or not projects(rows, a.shape[1]):
+        if grad.dtype not in _HALVES or not projects(rows, a.shape[1]):
             return grad @ a, by_a, None
         by_z = grad.new_empty((*grad.shape[:-1], a.shape[1]))
         top = torch.ops.lrtt.project_(self.samples(by_z), rows, a.t().contiguous(), None)
@@ -99,7 +101,7 @@ class LRTTLinear(TileModule):
     def outer(self, rows: Tensor, columns: Tensor) -> Tensor:
         """``rows^T columns`` over all samples; of half-precision operands on a GPU in float32, as they are added up."""
         left, right = self.samples(rows).t(), self.samples(columns)
-        if rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16):
+        if rows.is_cuda and rows.dtype in _HALVES:
             return torch.mm(left, right, out_dtype=torch.float32)
         return left @ right
 
@@ -107,43 +109,25 @@ class LRTTLinear(TileModule):
         # One matrix product that accumulates, instead of a product, a temporary of y's size and an addition.
         y.view(-1, a.shape[0]).addmm_(self.samples(z), a.t(), alpha=alpha)
 
-    def products(
-        self, x: Tensor, c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        k, r = c.shape[1], b.shape[0]
-        # Rows of 16 bytes are what fast kernels ask for; in float16 a small alpha A could vanish.
-        if x.dtype == dtype or (k + r) % 8 != 0 or (dtype == torch.float16 and alpha != 1.0):
-            return super().products(x, c, a, b, alpha, dtype)
-        # x and C are copied into another dtype anyway: side by side with x B^T and alpha A they give y in one product of
-        # k + r columns, which saves reading and writing y for the factors' part.
-        rows = x.new_empty((*x.shape[:-1], k + r), dtype=dtype)
-        columns = c.new_empty((c.shape[0], k + r), dtype=dtype)
-        b = b.to(dtype)
-        own_x, z, own_c, own_a = rows[..., :k], rows[..., k:], columns[:, :k], columns[:, k:]
-        top, samples = None, x.reshape(-1, k)
-        if x.dtype == torch.float32 and projects(samples, r):
-            top = torch.ops.lrtt.project_(self.samples(z), samples, b, self.samples(own_x))
-        else:
-            torch.ops.lrtt.narrow_rows_(self.samples(own_x), samples)
-            torch.mm(self.samples(own_x), b.t(), out=self.samples(z))
-        torch.ops.lrtt.narrow_rows_(own_c, c)
-        if alpha == 1.0:
-            a = own_a.copy_(a)
-        else:
-            a = a.to(dtype)
-            torch.mul(a, alpha, out=own_a)
-        return F.linear(rows, columns), own_x, z, own_c, a, b, top
+    def factors_in(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return a.t().to(dtype, memory_format=torch.contiguous_format).t(), b.to(dtype)  # D A reads A^T along rows
 
-    def add_project_backward(self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float) -> None:
+    def factor_product(self, x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        rows = self.samples(x)
+        if dtype not in _HALVES or x.dtype not in (torch.float32, dtype) or not projects(rows, b.shape[0]):
+            return super().factor_product(x, b, dtype)
+        z = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
+        narrow = None if x.dtype == dtype else rows.new_empty(rows.shape, dtype=dtype)
+        top = torch.ops.lrtt.project_(self.samples(z), rows, b, narrow)
+        return x if narrow is None else narrow.view(x.shape), z, top
+
+    def input_gradient(self, grad: Tensor, x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
+        if grad.is_cuda and grad.dtype in _HALVES and dtype == torch.float32:  # as it is added up
+            return torch.mm(self.samples(grad), w, out_dtype=torch.float32).view(*grad.shape[:-1], w.shape[1])
+        return super().input_gradient(grad, x, w, dtype)
+
+    def add_input_gradient(self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float) -> None:
         grad_x.view(-1, w.shape[1]).addmm_(self.samples(grad), w, alpha=alpha)
-
-    def with_project_backward(
-        self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float, dtype: torch.dtype
-    ) -> Tensor:
-        if dtype != torch.float32 or grad_x.dtype == torch.float32:
-            return super().with_project_backward(grad_x, grad, x, w, alpha, dtype)
-        rows: Tensor = torch.ops.lrtt.add_product(grad_x.reshape(-1, w.shape[1]), self.samples(grad), w, alpha)
-        return rows.view(grad_x.shape)
 
     def with_mix(self, y: Tensor, z: Tensor, a: Tensor, alpha: float) -> Tensor:
         return torch.addmm(self.samples(y), self.samples(z), a.t(), alpha=alpha).view(y.shape)

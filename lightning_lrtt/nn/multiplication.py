@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Products(NamedTuple):
+    """What a read computes: the output y, and the operands in the dtype of the products."""
+
+    y: Tensor
+    x: Tensor
+    z: Tensor  # X_B
+    w: Tensor  # the matrix that x was multiplied by: C, or C + alpha A B
+    a: Tensor
+    b: Tensor
+    merged: bool  # whether w contains the factors
+    x_top: Tensor | None  # as `Operands.x_top`
 
 
 class Multiplication(nn.Module):
@@ -36,30 +50,39 @@ class Multiplication(nn.Module):
         """``y += alpha mix(z, a)`` in place."""
         y.add_(self.mix(z, a), alpha=alpha)
 
-    def products(
-        self, x: Tensor, c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """``y = project(x, c) + alpha mix(z, a)`` with ``z = project(x, b)`` in ``dtype``; and x, z, c, a, b in it.
+    def products(self, x: Tensor, c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Products:
+        """``y = project(x, c) + alpha mix(z, a)`` with ``z = project(x, b)``, in ``dtype``.
 
-        Last comes `Operands.x_top`, where it is at hand.
+        Where C is copied into another dtype anyway, the copy is ``C + alpha A B``, rounded once: like dense training in
+        mixed precision, and y and the gradient of x are one product each.
         """
-        x, c, a, b = (t.to(dtype) for t in (x, c, a, b))
-        z, y = self.project(x, b), self.project(x, c)
-        self.add_mix(y, z, a, alpha)
-        return y, x, z, c, a, b, None
+        merged = dtype != c.dtype
+        w = torch.ops.lrtt.merge(c.flatten(1), a, b, alpha, dtype) if merged else c
+        a, b = self.factors_in(a, b, dtype)
+        x, z, x_top = self.factor_product(x, b, dtype)
+        y = self.project(x, w)
+        if not merged:
+            self.add_mix(y, z, a, alpha)
+        return Products(y, x, z, w, a, b, merged, x_top)
 
-    def add_project_backward(self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float) -> None:
-        """``grad_x += alpha`` times the gradient of `project` by x, in place."""
+    def factors_in(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B in ``dtype``, as `mix_backward` and `project` like them in memory."""
+        return a.to(dtype), b.to(dtype)
+
+    def factor_product(self, x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x in ``dtype``, ``project(x, b)`` of it, and `Operands.x_top` where it is at hand."""
+        x = x.to(dtype)
+        return x, self.project(x, b), None
+
+    def input_gradient(self, grad: Tensor, x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient of `project` by x, in ``dtype``."""
         by_x, _ = self.project_backward(grad, x, w, (True, False))
         assert by_x is not None
-        grad_x.add_(by_x, alpha=alpha)
+        return by_x.to(dtype)
 
-    def with_project_backward(
-        self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float, dtype: torch.dtype
-    ) -> Tensor:
-        """``grad_x`` after `add_project_backward`, in ``dtype``; may write into ``grad_x``."""
-        self.add_project_backward(grad_x, grad, x, w, alpha)
-        return grad_x.to(dtype)
+    def add_input_gradient(self, grad_x: Tensor, grad: Tensor, x: Tensor, w: Tensor, alpha: float) -> None:
+        """``grad_x += alpha`` times the gradient of `project` by x, in place."""
+        grad_x.add_(self.input_gradient(grad, x, w, grad_x.dtype), alpha=alpha)
 
     def with_mix(self, y: Tensor, z: Tensor, a: Tensor, alpha: float) -> Tensor:
         """``y + alpha mix(z, a)`` by ordinary autograd."""

@@ -182,7 +182,7 @@ def pulsed_update_(
 
 
 def _top(op: str, top: Tensor, x: Tensor) -> int:
-    if top is schema.ABSENT or top.numel() == 0 and x.shape[0]:
+    if top.numel() == 0:
         return 0
     if top.shape != (x.shape[0],) or top.dtype != torch.int32 or top.device != x.device or not top.is_contiguous():
         raise ValueError(

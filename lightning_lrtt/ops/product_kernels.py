@@ -1,4 +1,4 @@
-"""Passes between float32 and half precision around the matrix products of a layer."""
+"""A layer's operands under autocast, each in one pass: the weight that it reads, and x with its product by B."""
 
 from __future__ import annotations
 
@@ -9,28 +9,16 @@ from lightning_lrtt.ops import schema
 from lightning_lrtt.ops.kernels import _run, _same_device
 
 
-def add_product(g: Tensor, z: Tensor, b: Tensor, alpha: float) -> Tensor:
-    _same_device("add_product", g, z=z, b=b)
-    (n, k), r = g.shape, z.shape[1]
-    halves = g.dtype in (torch.bfloat16, torch.float16) and g.dtype == z.dtype == b.dtype
-    whole = all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (g, b)) and k % 4 == 0
-    if not (g.is_cuda and halves and whole and z.is_contiguous() and r <= 32):  # the same sum in three passes
-        return torch.addmm(g.float(), z.float(), b.float(), alpha=alpha)
-    out = torch.empty((n, k), dtype=torch.float32, device=g.device)
-    pointers = (t.data_ptr() for t in (g, z, b, out))
-    _run(g, "add_product", *pointers, n, k, r, alpha, g.dtype == torch.bfloat16)
+def merge(c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+    _same_device("merge", c, a=a, b=b)
+    (d, k), r = c.shape, a.shape[1]
+    floats = all(t.dtype == torch.float32 and t.is_contiguous() for t in (c, a, b)) and c.numel() > 0
+    halves = dtype in (torch.bfloat16, torch.float16)
+    if not (c.is_cuda and floats and halves and all(t.data_ptr() % 16 == 0 for t in (c, b)) and k % 4 == 0 and r <= 32):
+        return torch.addmm(c, a, b, alpha=alpha).to(dtype)
+    out = torch.empty((d, k), dtype=dtype, device=c.device)
+    _run(c, "merge", *(t.data_ptr() for t in (c, a, b, out)), d, k, r, alpha, dtype == torch.bfloat16)
     return out
-
-
-def narrow_rows_(out: Tensor, x: Tensor) -> None:
-    _same_device("narrow_rows_", out, x=x)
-    (n, k), stride = x.shape, out.stride(0)
-    halves = x.dtype == torch.float32 and out.dtype in (torch.bfloat16, torch.float16)
-    whole = x.is_contiguous() and out.stride(1) == 1 and k % 8 == 0 and stride % 8 == 0
-    if not (out.is_cuda and halves and whole and x.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0):
-        out.copy_(x)
-        return
-    _run(out, "narrow_rows", x.data_ptr(), out.data_ptr(), n, stride, k, out.dtype == torch.bfloat16)
 
 
 def projects(x: Tensor, r: int) -> bool:
@@ -56,6 +44,5 @@ def project_(z: Tensor, x: Tensor, w: Tensor, narrow: Tensor | None) -> Tensor:
 
 
 for _key in ("CPU", "CUDA"):
+    schema.library.impl("merge", merge, _key)
     schema.library.impl("project_", project_, _key)
-    schema.library.impl("add_product", add_product, _key)
-    schema.library.impl("narrow_rows_", narrow_rows_, _key)

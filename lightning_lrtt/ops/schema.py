@@ -96,13 +96,11 @@ library.define(
     "io_output_(Tensor(a!) y, Tensor acc, Tensor per, Tensor ticket, Tensor state, Tensor io, int array, int round, "
     "int first_sample, Tensor? pending) -> Tensor"
 )
-# float32 g + alpha z b, [n, k] + [n, r] [r, k], of half-precision operands.
-library.define("add_product(Tensor g, Tensor z, Tensor b, float alpha) -> Tensor")
+# c + alpha a b, [d, k] + [d, r] [r, k], added up in c's type and rounded to dtype.
+library.define("merge(Tensor c, Tensor a, Tensor b, float alpha, ScalarType dtype) -> Tensor")
 # z [n, r] <- x [n, k] w [r, k]^T in w's dtype, and x in it into `narrow`; returns int32 [n], the bits of the largest |x|
 # of that dtype as float32: what `pulsed_update_` takes as x_top or d_top.
 library.define("project_(Tensor(a!) z, Tensor x, Tensor w, Tensor(b!)? narrow) -> Tensor")
-# x [n, k] into out, whose dtype is lower and whose rows may be part of longer ones.
-library.define("narrow_rows_(Tensor(a!) out, Tensor x) -> ()")
 # Decodes GGML blocks: blocks uint8 [rows * bytes of a row], out [rows, columns] float32 or bfloat16 with unit stride in a
 # row; row i goes to row rows[i] of out (int64 [rows], each of them once; None: row i).
 library.define("dequantize_(Tensor(a!) out, Tensor blocks, int type, Tensor? rows) -> ()")
@@ -232,13 +230,13 @@ def _(y, acc, per, ticket, state, io, array, round, first_sample, pending):  # t
     return acc.new_empty(acc.shape[0], dtype=torch.int32)
 
 
-@torch.library.register_fake("lrtt::add_product", lib=library)
-def _(g, z, b, alpha):  # type: ignore[no-untyped-def]
+@torch.library.register_fake("lrtt::merge", lib=library)
+def _(c, a, b, alpha, dtype):  # type: ignore[no-untyped-def]
     torch._check(
-        g.dim() == 2 and z.dim() == 2 and tuple(b.shape) == (z.shape[1], g.shape[1]) and z.shape[0] == g.shape[0],
-        lambda: f"add_product: g [n, k], z [n, r], b [r, k] must agree, got {[list(t.shape) for t in (g, z, b)]}",
+        c.dim() == a.dim() == 2 and tuple(b.shape) == (a.shape[1], c.shape[1]) and a.shape[0] == c.shape[0],
+        lambda: f"merge: c [d, k], a [d, r], b [r, k] must agree, got {[list(t.shape) for t in (c, a, b)]}",
     )
-    return g.new_empty(g.shape, dtype=torch.float32)
+    return c.new_empty(c.shape, dtype=dtype)
 
 
 @torch.library.register_fake("lrtt::project_", lib=library)
@@ -248,14 +246,6 @@ def _(z, x, w, narrow):  # type: ignore[no-untyped-def]
         lambda: f"project_: z [n, r], x [n, k], w [r, k] must agree, got {[list(t.shape) for t in (z, x, w)]}",
     )
     return x.new_empty(x.shape[0], dtype=torch.int32)
-
-
-@torch.library.register_fake("lrtt::narrow_rows_", lib=library)
-def _(out, x):  # type: ignore[no-untyped-def]
-    torch._check(
-        out.shape == x.shape and x.dim() == 2,
-        lambda: f"narrow_rows_: out and x must be [n, k], got {list(out.shape)} and {list(x.shape)}",
-    )
 
 
 @torch.library.register_fake("lrtt::dequantize_", lib=library)
