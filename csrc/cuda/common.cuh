@@ -48,16 +48,19 @@ class Arena {
 // A table of jobs travels as a kernel argument, which a graph captures by value, and is stored in scratch memory for
 // the kernels that follow. So one launch of each serves any number of tiles.
 template <class Job, int capacity>
-struct Page {
+struct alignas(16) Page {
   Job job[capacity];
 };
 
+// Lanes that read different arguments wait for each other: few and long accesses, by several blocks. The last access of
+// a table may reach into the rest of its piece of the Arena.
 template <class Job, int capacity>
 __global__ void store_page(const __grid_constant__ Page<Job, capacity> page, int count, Job* table) {
-  static_assert(sizeof(Job) % 4 == 0, "copied word by word");
-  const uint32_t* from = reinterpret_cast<const uint32_t*>(page.job);
-  uint32_t* to = reinterpret_cast<uint32_t*>(table);
-  for (int i = threadIdx.x; i < count * int(sizeof(Job) / 4); i += blockDim.x) to[i] = from[i];
+  static_assert(sizeof(page) == capacity * sizeof(Job), "pages lie end to end");
+  const uint4* from = reinterpret_cast<const uint4*>(page.job);
+  uint4* to = reinterpret_cast<uint4*>(table);
+  const int words = int((count * sizeof(Job) + sizeof(uint4) - 1) / sizeof(uint4));
+  for (int i = int(blockIdx.x * blockDim.x + threadIdx.x); i < words; i += int(gridDim.x * blockDim.x)) to[i] = from[i];
 }
 
 template <int capacity, class Job>
@@ -66,14 +69,14 @@ void store_pages(const std::vector<Job>& jobs, Job* table, cudaStream_t stream) 
     Page<Job, capacity> page;
     const int count = int(jobs.size() - first < capacity ? jobs.size() - first : capacity);
     for (int i = 0; i < count; ++i) page.job[i] = jobs[first + i];
-    store_page<<<1, 256, 0, stream>>>(page, count, table + first);
+    store_page<<<unsigned(capacity <= 4 ? 1 : 8), 256, 0, stream>>>(page, count, table + first);
   }
 }
 
 // Small pages for small models: the argument is copied whole at every launch.
 template <class Job>
 void store_table(const std::vector<Job>& jobs, Job* table, cudaStream_t stream) {
-  constexpr int most = 30000 / int(sizeof(Job));
+  constexpr int most = 30000 / int(sizeof(Job)) / 8 * 8;
   if (jobs.size() <= 4) {
     store_pages<4>(jobs, table, stream);
   } else if (jobs.size() <= most / 4) {

@@ -91,7 +91,7 @@ std::vector<PulseSet> arrange(std::vector<DevicePulse>& jobs, Arena& arena) {
     const size_t samples = size_t(p.blocks) * size_t(p.samples);
     p.most_rounds = most_rounds;
     p.along_columns = p.job.n >= p.job.m;
-    p.maxima = arena.take<uint32_t>(p.transfer ? 0 : size_t(p.job.samples) * 2);
+    p.maxima = p.finds_maxima ? arena.take<uint32_t>(size_t(p.job.samples) * 2) : nullptr;
     p.trains = arena.take<Planned>(samples);
     p.rows = p.transfer ? arena.take<int>(samples) : nullptr;
     p.words = arena.take<int>(size_t(p.blocks));

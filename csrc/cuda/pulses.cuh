@@ -41,7 +41,8 @@ struct DevicePulse {
   int transfer;       // 1: samples are words of terms (rows), guarded by the transfer predicate
   int along_columns;  // the longer side
   float eta_sign;     // transfer only; an update reads *eta
-  uint32_t* maxima;   // [samples][2], update only
+  int finds_maxima;   // update only: maxima are neither given nor found in passing
+  uint32_t* maxima;   // [samples][2], where it finds them
   Planned* trains;    // [blocks][samples]
   int* rows;          // [blocks][samples], transfer only
   int* words;         // [blocks], stream rows
@@ -49,6 +50,7 @@ struct DevicePulse {
   int* begin;         // [most_rounds + 1], round r takes blocks begin[r] .. begin[r + 1] - 1
   int* widths;        // [blocks], slots of every sample
   int rounds;         // that its blocks take; place_blocks writes it
+  int planned;        // blocks whose trains are laid out; update only
   uint32_t *x_bits, *x_neg, *d_bits, *d_neg;
   int64_t first_sample_warp, first_plan_block, first_cell_block;
 };

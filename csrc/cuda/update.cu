@@ -21,6 +21,7 @@ __device__ __forceinline__ uint32_t largest_bfloat16(const uint4* row, int vecto
   return max(top << 16, top & 0xffff0000u);
 }
 
+// By a warp.
 __device__ __forceinline__ uint32_t largest(const Operand& v, int64_t at, int elements, int lane) {
   const uint16_t* row = static_cast<const uint16_t*>(v.p) + at;
   if (v.type == kBFloat16 && v.es == 1 && elements % 8 == 0 && reinterpret_cast<uintptr_t>(row) % 16 == 0)
@@ -53,24 +54,51 @@ __global__ void __launch_bounds__(32 * kMaximaWarps) sample_maxima(const DeviceP
   }
 }
 
-// Trains and their slots, one thread block per block of samples.
-__global__ void __launch_bounds__(kBlockSamples) plan_trains(const DevicePulse* table, int count, float* levels) {
+constexpr int kFew = 32;  // elements whose maximum a single thread finds
+
+// Whether the largest |x| and |d| of samples are at hand, or can be found in passing.
+bool has_maxima(const PulseJob& job) { return (job.x_top || job.n <= kFew) && (job.d_top || job.m <= kFew); }
+
+__device__ __forceinline__ uint32_t largest_of_few(const Operand& v, const uint32_t* given, int64_t s, int elements) {
+  if (given) return given[s];
+  uint32_t top = 0;
+  for (int e = 0; e < elements; e += 4) {
+    float value[4];
+    load4(v, s * v.ss + e * v.es, elements - e, value);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) top = max(top, magnitude_bits(value[k]));
+  }
+  return top;
+}
+
+// Trains and their slots, one thread block per block of samples; the last one of a job packs its rounds.
+__global__ void __launch_bounds__(kBlockSamples) plan_trains(DevicePulse* table, int count, float* levels) {
   fill_levels(levels, int(blockIdx.x * kBlockSamples + threadIdx.x), int(gridDim.x * kBlockSamples));
-  const DevicePulse& p = find_job(table, count, int64_t(blockIdx.x), &DevicePulse::first_plan_block);
+  DevicePulse& p =
+      const_cast<DevicePulse&>(find_job(table, count, int64_t(blockIdx.x), &DevicePulse::first_plan_block));
   const int block = int(int64_t(blockIdx.x) - p.first_plan_block);
   const bool mine = int(threadIdx.x) < p.samples;
   const int64_t s = int64_t(block) * p.samples + threadIdx.x;
   Train train{0, 0.0f, 0.0f};
   bool finite = true;
-  if (mine && s < p.job.samples)
-    train = plan_train(*p.job.eta, p.maxima[2 * s], p.maxima[2 * s + 1], p.job.device.granularity, p.job.pulse, finite);
+  if (mine && s < p.job.samples) {
+    const uint32_t x = p.maxima ? p.maxima[2 * s] : largest_of_few(p.job.x, p.job.x_top, s, p.job.n);
+    const uint32_t d = p.maxima ? p.maxima[2 * s + 1] : largest_of_few(p.job.d, p.job.d_top, s, p.job.m);
+    train = plan_train(*p.job.eta, x, d, p.job.device.granularity, p.job.pulse, finite);
+  }
   if (mine) p.trains[s] = Planned{train.bl, train.sx, train.sd};
   lay_out(p, block, train.bl);
   const int bad = __syncthreads_count(!finite);
   if (threadIdx.x == 0 && bad) count_nonfinite(p.job.counts, p.job.state[kStep], bad);
+  __shared__ bool last;
+  if (threadIdx.x == 0) {
+    __threadfence();  // what lay_out wrote
+    last = atomicAdd(&p.planned, 1) == p.blocks - 1;
+    __threadfence();
+  }
+  __syncthreads();
+  if (last && threadIdx.x < 32) place_blocks(p);
 }
-
-__global__ void __launch_bounds__(32) pack_rounds(DevicePulse* table) { place_blocks(table[blockIdx.x]); }
 
 struct Layout {
   DevicePulse* table;
@@ -88,9 +116,10 @@ struct Layout {
     for (const PulseJob& job : list) {
       if (job.samples == 0) continue;
       DevicePulse p = describe(job, job.pulse);
+      p.finds_maxima = !has_maxima(job);
       p.first_sample_warp = warps;
       p.first_plan_block = plans;
-      warps += job.samples;
+      warps += p.finds_maxima ? job.samples : 0;
       plans += p.blocks;
       jobs.push_back(p);
     }
@@ -109,10 +138,10 @@ void pulsed_update(const std::vector<PulseJob>& list, void* workspace, Stream ha
   if (count == 0) return;
   const cudaStream_t stream = native(handle);
   store_table(layout.jobs, layout.table, stream);
-  sample_maxima<<<unsigned(blocks_of(layout.warps, kMaximaWarps)), 32 * kMaximaWarps, 0, stream>>>(layout.table, count,
-                                                                                                   layout.warps);
+  if (layout.warps > 0)
+    sample_maxima<<<unsigned(blocks_of(layout.warps, kMaximaWarps)), 32 * kMaximaWarps, 0, stream>>>(
+        layout.table, count, layout.warps);
   plan_trains<<<unsigned(layout.plans), kBlockSamples, 0, stream>>>(layout.table, count, layout.levels);
-  pack_rounds<<<unsigned(count), 32, 0, stream>>>(layout.table);
   check(cudaGetLastError(), "pulse planning");
   apply_trains(layout.jobs, layout.table, layout.sets, layout.levels, Predicate{nullptr, 0}, stream);
 }

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+_SMALL = 2**20  # cells
+
 
 class Products(NamedTuple):
     """What a read computes: the output y, and the operands in the dtype of the products."""
@@ -54,9 +56,10 @@ class Multiplication(nn.Module):
         """``y = project(x, c) + alpha mix(z, a)`` with ``z = project(x, b)``, in ``dtype``.
 
         Where C is copied into another dtype anyway, the copy is ``C + alpha A B``, rounded once: like dense training in
-        mixed precision, and y and the gradient of x are one product each.
+        mixed precision, and y and the gradient of x are one product each. So for small C on a GPU, where a pass over C
+        takes less time than the launches that it saves.
         """
-        merged = dtype != c.dtype
+        merged = dtype != c.dtype or (c.is_cuda and c.numel() <= _SMALL)
         w = torch.ops.lrtt.merge(c.flatten(1), a, b, alpha, dtype) if merged else c
         a, b = self.factors_in(a, b, dtype)
         x, z, x_top = self.factor_product(x, b, dtype)

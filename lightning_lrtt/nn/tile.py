@@ -331,11 +331,17 @@ class TileModule(Multiplication):
         y: Tensor
         if self.config.io is not None:
             y = analog_read(self, x)
-        elif learns and (self.config.is_pulsed or self.config.transfer_unit == "samples"):
+        elif learns and (self.config.is_pulsed or self.config.transfer_unit == "samples" or self._merges(x)):
             y = latched_read(self, x)
         else:
             y = digital_read(self, x)
         return y if self.output_scale is None else y * self.output_scale.to(y.dtype)
+
+    def _merges(self, x: Tensor) -> bool:
+        """Whether a digital tile is read faster by `latched_read`: where autocast copies C, and no compiler fuses the read."""
+        kind = x.device.type
+        casts = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != self.weight.dtype
+        return casts and not torch.compiler.is_compiling()
 
     # -------------------------------------------------------------- links, copies, loading
 
