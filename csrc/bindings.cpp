@@ -313,10 +313,11 @@ PYBIND11_MODULE(_C, m) {
     py::gil_scoped_release unlocked;
     cuda::segment_sum(s.call, scratch(workspace), scratch(stream));
   });
-  m.def("merge_cuda", [=](uintptr_t c, uintptr_t a, uintptr_t b, uintptr_t out, int64_t d, int k, int r, float alpha,
-                          bool bfloat, uintptr_t stream) {
-    const auto factor = [](uintptr_t p) { return reinterpret_cast<const float*>(p); };
-    cuda::merge({factor(c), factor(a), factor(b), scratch(out), d, k, r, alpha, bfloat}, scratch(stream));
+  m.def("merge_cuda", [=](uintptr_t c, uintptr_t a, uintptr_t b, uintptr_t out, uintptr_t a_t, uintptr_t b_out,
+                          int64_t d, int k, int r, float alpha, int type, uintptr_t stream) {
+    const auto floats = [](uintptr_t p) { return reinterpret_cast<const float*>(p); };
+    cuda::merge({floats(c), floats(a), floats(b), scratch(out), scratch(a_t), scratch(b_out), d, k, r, alpha, type},
+                scratch(stream));
   });
   m.def("project_cuda",
         [=](uintptr_t x, uintptr_t w, uintptr_t narrow, uintptr_t z, uintptr_t top, int64_t n, int64_t x_stride,

@@ -57,7 +57,19 @@ def segment_sum_cuda(
     jobs: _Jobs, program: _Program, weights: int, scale: int, stats: int, redo: bool, scratch: int, stream: int, /
 ) -> None: ...
 def merge_cuda(
-    c: int, a: int, b: int, out: int, d: int, k: int, r: int, alpha: float, bfloat: bool, stream: int, /
+    c: int,
+    a: int,
+    b: int,
+    out: int,
+    a_t: int,
+    b_out: int,
+    d: int,
+    k: int,
+    r: int,
+    alpha: float,
+    type: int,
+    stream: int,
+    /,
 ) -> None: ...
 def project_cuda(
     x: int,

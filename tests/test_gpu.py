@@ -545,19 +545,20 @@ def test_strategy_uses_the_gpu():
         assert tile.counts()["pulses_a"] > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
     ("d", "k", "r"), [(33, 260, 3), (70, 1028, 16), (5, 4, 8), (64, 132, 17), (40, 64, 32), (9, 63, 4), (8, 16, 40)]
 )
 def test_merge(dtype, d, k, r):
-    """C + alpha A B in float64 from the same float32 numbers, rounded to half precision.
+    """C + alpha A B in float64 from the same float32 numbers, rounded to dtype.
 
     Tolerance: half an ulp of the result, and r + 3 roundings in float32 (alpha, alpha a, a sum for each term) of sums no larger
     than the sum of magnitudes.
     """
     generator = torch.Generator().manual_seed(d)
     c, a, b = (torch.randn(shape, generator=generator) for shape in ((d, k), (d, r), (r, k)))
-    out = torch.ops.lrtt.merge(c.cuda(), a.cuda(), b.cuda(), 0.7, dtype)
+    out, a_t, b_out = torch.ops.lrtt.merge(c.cuda(), a.cuda(), b.cuda(), 0.7, dtype)
+    assert torch.equal(a_t.cpu(), a.t().to(dtype)) and torch.equal(b_out.cpu(), b.to(dtype))
     exact = c.double() + 0.7 * a.double() @ b.double()
     scale = c.double().abs() + 0.7 * a.double().abs() @ b.double().abs()
     assert out.dtype == dtype

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -55,12 +56,28 @@ struct alignas(16) Page {
 // Lanes that read different arguments wait for each other: few and long accesses, by several blocks. The last access of
 // a table may reach into the rest of its piece of the Arena.
 template <class Job, int capacity>
-__global__ void store_page(const __grid_constant__ Page<Job, capacity> page, int count, Job* table) {
+__device__ __forceinline__ void copy_page(const Page<Job, capacity>& page, int count, Job* table) {
   static_assert(sizeof(page) == capacity * sizeof(Job), "pages lie end to end");
   const uint4* from = reinterpret_cast<const uint4*>(page.job);
   uint4* to = reinterpret_cast<uint4*>(table);
   const int words = int((count * sizeof(Job) + sizeof(uint4) - 1) / sizeof(uint4));
   for (int i = int(blockIdx.x * blockDim.x + threadIdx.x); i < words; i += int(gridDim.x * blockDim.x)) to[i] = from[i];
+}
+
+template <class Job, int capacity>
+__global__ void store_page(const __grid_constant__ Page<Job, capacity> page, int count, Job* table) {
+  copy_page(page, count, table);
+}
+
+constexpr int kSmallPage = 4;
+
+template <class A, class B, class C>
+__global__ void store_small_pages(const __grid_constant__ Page<A, kSmallPage> a, int a_count, A* a_table,
+                                  const __grid_constant__ Page<B, kSmallPage> b, int b_count, B* b_table,
+                                  const __grid_constant__ Page<C, kSmallPage> c, int c_count, C* c_table) {
+  copy_page(a, a_count, a_table);
+  copy_page(b, b_count, b_table);
+  copy_page(c, c_count, c_table);
 }
 
 template <int capacity, class Job>
@@ -69,7 +86,7 @@ void store_pages(const std::vector<Job>& jobs, Job* table, cudaStream_t stream) 
     Page<Job, capacity> page;
     const int count = int(jobs.size() - first < capacity ? jobs.size() - first : capacity);
     for (int i = 0; i < count; ++i) page.job[i] = jobs[first + i];
-    store_page<<<unsigned(capacity <= 4 ? 1 : 8), 256, 0, stream>>>(page, count, table + first);
+    store_page<<<unsigned(capacity <= kSmallPage ? 1 : 8), 256, 0, stream>>>(page, count, table + first);
   }
 }
 
@@ -77,13 +94,32 @@ void store_pages(const std::vector<Job>& jobs, Job* table, cudaStream_t stream) 
 template <class Job>
 void store_table(const std::vector<Job>& jobs, Job* table, cudaStream_t stream) {
   constexpr int most = 30000 / int(sizeof(Job)) / 8 * 8;
-  if (jobs.size() <= 4) {
-    store_pages<4>(jobs, table, stream);
+  if (jobs.size() <= kSmallPage) {
+    store_pages<kSmallPage>(jobs, table, stream);
   } else if (jobs.size() <= most / 4) {
     store_pages<most / 4>(jobs, table, stream);
   } else {
     store_pages<most>(jobs, table, stream);
   }
+}
+
+// Three tables, in one launch for small models.
+template <class A, class B, class C>
+void store_tables(const std::vector<A>& a, A* a_table, const std::vector<B>& b, B* b_table, const std::vector<C>& c,
+                  C* c_table, cudaStream_t stream) {
+  if (std::max({a.size(), b.size(), c.size()}) > kSmallPage) {
+    store_table(a, a_table, stream);
+    store_table(b, b_table, stream);
+    store_table(c, c_table, stream);
+    return;
+  }
+  const auto page = [](const auto& jobs, auto& page) { std::copy(jobs.begin(), jobs.end(), page.job); };
+  Page<A, kSmallPage> a_page;
+  Page<B, kSmallPage> b_page;
+  Page<C, kSmallPage> c_page;
+  page(a, a_page), page(b, b_page), page(c, c_page);
+  store_small_pages<<<4, 256, 0, stream>>>(a_page, int(a.size()), a_table, b_page, int(b.size()), b_table, c_page,
+                                           int(c.size()), c_table);
 }
 
 // The job whose range of block (or warp) numbers holds `index`: first[i] ascends with i.

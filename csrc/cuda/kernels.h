@@ -33,15 +33,15 @@ void read_input(const InputJob& job, Stream stream);
 void read_output(const OutputJob& job, Stream stream);
 void read_product(const ProductJob& job, Stream stream);
 
-// out[d, k] = c[d, k] + alpha a[d, r] b[r, k] in half precision (bfloat16 or float16): contiguous, c, b and out aligned
-// to 16 bytes, k a multiple of 4, r at most 32, d at most 2^20.
+// out[d, k] = c[d, k] + alpha a[d, r] b[r, k], a_t[r, d] = a^T and b_out = b in ElementType `type`: contiguous, c, b and
+// out aligned to 16 bytes, k a multiple of 4, r at most 32, d at most 2^20.
 struct MergeJob {
   const float *c, *a, *b;
-  void* out;
+  void *out, *a_t, *b_out;
   int64_t d;
   int k, r;
   float alpha;
-  int bfloat;
+  int type;
 };
 
 void merge(const MergeJob& job, Stream stream);

@@ -14,7 +14,7 @@ namespace {
 constexpr int kWarps = 8, kRows = 16, kRank = 16;
 constexpr int kPiece = 8;          // neighbouring columns of a thread
 constexpr int kStep = 4 * kPiece;  // columns of a warp's step
-constexpr int kAhead = 4;          // steps whose loads are under way together
+constexpr int kAhead = 2;          // steps whose loads are under way while as many are computed
 
 template <bool bfloat>
 __device__ __forceinline__ void multiply(float (&sum)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
@@ -86,26 +86,38 @@ __global__ void __launch_bounds__(32 * kWarps, 2) project_rows(const ProjectJob 
   uint32_t top[2] = {};
   const int steps = job.k / kStep, each = (steps + kWarps - 1) / kWarps;
   const int first = warp * each, last = first + each < steps ? first + each : steps;
-  for (int step0 = first; step0 < last; step0 += kAhead) {
-    Raw<wide> raw[kAhead][2];
+  Raw<wide> next_x[kAhead][2];
+  uint4 next_w[kAhead][2];
+  const auto load = [&](int step0) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      if (step0 + u >= last) continue;
-#pragma unroll
-      for (int h = 0; h < 2; ++h) raw[u][h] = load_piece<wide>(x[h], int64_t(step0 + u) * kStep + piece * kPiece);
-    }
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      if (step0 + u >= last) continue;
       const int64_t column = int64_t(step0 + u) * kStep + piece * kPiece;
-      uint4 w[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int q = group + 8 * h;
-        w[h] = q < job.r ? __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(job.w) +
-                                                                q * int64_t(job.k) + column))
-                         : uint4{};
+        next_w[u][h] = uint4{};
+        if (step0 + u >= last) continue;
+        next_x[u][h] = load_piece<wide>(x[h], column);
+        if (q < job.r)
+          next_w[u][h] =
+              __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(job.w) + q * int64_t(job.k) + column));
       }
+    }
+  };
+  load(first);
+#pragma unroll 1
+  for (int step0 = first; step0 < last; step0 += kAhead) {
+    Raw<wide> raw[kAhead][2];
+    uint4 w[kAhead][2];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) raw[u][h] = next_x[u][h], w[u][h] = next_w[u][h];
+    load(step0 + kAhead);
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      if (step0 + u >= last) break;
+      const int64_t column = int64_t(step0 + u) * kStep + piece * kPiece;
       uint4 v[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
@@ -113,10 +125,10 @@ __global__ void __launch_bounds__(32 * kWarps, 2) project_rows(const ProjectJob 
         top[h] = larger(top[h], v[h]);
         if (wide && rows[h] < job.n) *reinterpret_cast<uint4*>(narrow[h] + column * 2) = v[h];
       }
-      multiply<bfloat>(low, v[0].x, v[1].x, v[0].y, v[1].y, w[0].x, w[0].y);
-      multiply<bfloat>(low, v[0].z, v[1].z, v[0].w, v[1].w, w[0].z, w[0].w);
-      multiply<bfloat>(high, v[0].x, v[1].x, v[0].y, v[1].y, w[1].x, w[1].y);
-      multiply<bfloat>(high, v[0].z, v[1].z, v[0].w, v[1].w, w[1].z, w[1].w);
+      multiply<bfloat>(low, v[0].x, v[1].x, v[0].y, v[1].y, w[u][0].x, w[u][0].y);
+      multiply<bfloat>(low, v[0].z, v[1].z, v[0].w, v[1].w, w[u][0].z, w[u][0].w);
+      multiply<bfloat>(high, v[0].x, v[1].x, v[0].y, v[1].y, w[u][1].x, w[u][1].y);
+      multiply<bfloat>(high, v[0].z, v[1].z, v[0].w, v[1].w, w[u][1].z, w[u][1].w);
     }
   }
 #pragma unroll

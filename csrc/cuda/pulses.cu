@@ -9,7 +9,7 @@ namespace lrtt::cuda {
 namespace {
 
 // Scratch for the streams of one round.
-constexpr size_t kStreamBytes = size_t(80) << 20;
+constexpr size_t kStreamBytes = size_t(32) << 20;
 
 // The first round: one kernel a device model, Hold and way to take samples, so that each has the registers it needs.
 template <class Device, bool loses, int how, bool bursts>

@@ -151,9 +151,11 @@ __device__ __forceinline__ int block_of_row(const DevicePulse& p, int round, int
   return block;
 }
 
-// Fills the noise table, by any number of threads.
-__device__ __forceinline__ void fill_levels(float* levels, int thread, int threads) {
-  for (int i = thread; i < kNoiseLevels; i += threads) levels[i] = noise_level(uint32_t(i));
+// Fills the noise table, by kLevelBlocks blocks of kBlockSamples threads.
+constexpr int kLevelBlocks = kNoiseLevels / kBlockSamples;
+__device__ __forceinline__ void fill_levels(float* levels, int block) {
+  const int i = block * kBlockSamples + int(threadIdx.x);
+  levels[i] = noise_level(uint32_t(i));
 }
 
 __device__ __forceinline__ bool fires(const TransferJob& job, int force) {

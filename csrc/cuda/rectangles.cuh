@@ -14,12 +14,13 @@ __device__ __forceinline__ void set(const DeviceParams& device, const int64_t* s
 // A thread block takes a rectangle of C, a thread kColumnsEach columns of it, kTileLanes apart, and rows_each rows:
 // that many values of A and B give rows_each * kColumnsEach products.
 constexpr int kRectangleThreads = 256;
+constexpr int kRectangleBlocks = 3;  // resident on a multiprocessor
 constexpr int kTileLanes = 64, kColumnsEach = 4, kTileColumns = kTileLanes * kColumnsEach;
 constexpr int kRowGroups = kRectangleThreads / kTileLanes;
 constexpr int kTerms = 16;  // of A and B that lie in shared memory together
 
 template <class T>
-constexpr int rows_each = 32 / int(sizeof(T));
+constexpr int rows_each = 16 / int(sizeof(T));
 
 template <class T>
 struct alignas(16) Terms {
@@ -70,10 +71,8 @@ __device__ __forceinline__ void add_products(const TransferJob& job, int64_t rec
       T right[kColumnsEach], own[rows];
 #pragma unroll
       for (int h = 0; h < kColumnsEach; ++h) right[h] = terms.right[q][int(threadIdx.x) % kTileLanes + h * kTileLanes];
-      static_assert(rows * sizeof(T) == 2 * sizeof(uint4), "two loads");
-      const uint4* rest = reinterpret_cast<const uint4*>(&terms.left[q][group]);
-      reinterpret_cast<uint4*>(own)[0] = rest[0];
-      reinterpret_cast<uint4*>(own)[1] = rest[1];
+      static_assert(rows * sizeof(T) == sizeof(uint4), "one load");
+      *reinterpret_cast<uint4*>(own) = *reinterpret_cast<const uint4*>(&terms.left[q][group]);
 #pragma unroll
       for (int i = 0; i < rows; ++i)
 #pragma unroll

@@ -80,8 +80,14 @@ __device__ void plan_term(const TransferJob& job, int q, bool residual, Term& te
 }
 
 __global__ void __launch_bounds__(kBlockSamples)
-    plan_transfer(const DeviceTransfer* table, DevicePulse* pulses, float* levels, int force) {
-  if (blockIdx.x == 0) fill_levels(levels, int(threadIdx.x), kBlockSamples);
+    plan_transfer(const DeviceTransfer* table, int count, DevicePulse* pulses, float* levels, int force) {
+  if (int(blockIdx.x) >= count) {  // kLevelBlocks blocks
+    bool due = false;
+    for (int i = int(threadIdx.x); i < count; i += kBlockSamples)
+      due |= table[i].pulse >= 0 && fires(table[i].job, force);
+    if (__syncthreads_or(due)) fill_levels(levels, int(blockIdx.x) - count);
+    return;
+  }
   const DeviceTransfer& t = table[blockIdx.x];
   if (t.pulse < 0 || !fires(t.job, force)) return;
   DevicePulse& p = pulses[t.pulse];
@@ -117,7 +123,7 @@ __global__ void __launch_bounds__(kBlockSamples)
 // ------------------------------------------------------------------ digital
 
 // Resident blocks run through the cells of all tiles: a launch that finds no tile due must cost next to nothing.
-__global__ void __launch_bounds__(kRectangleThreads, 2)
+__global__ void __launch_bounds__(kRectangleThreads, kRectangleBlocks)
     transfer_digital(const DeviceTransfer* table, int count, int64_t blocks, int force) {
   __shared__ alignas(16) unsigned char memory[sizeof(Terms<double>)];
   bool due = false;
@@ -314,18 +320,16 @@ void transfer(const std::vector<TransferJob>& list, bool forced, void* workspace
   const cudaStream_t stream = native(handle);
   const Layout layout(list, workspace);
   const int count = int(layout.tiles.size()), force = forced ? 1 : 0;
-  store_table(layout.tiles, layout.table, stream);
+  store_tables(layout.tiles, layout.table, layout.pulses, layout.pulse_table, layout.pulsed, layout.pulse_jobs, stream);
   if (!layout.pulses.empty()) {
-    store_table(layout.pulses, layout.pulse_table, stream);
-    store_table(layout.pulsed, layout.pulse_jobs, stream);
-    plan_transfer<<<unsigned(count), kBlockSamples, 0, stream>>>(layout.table, layout.pulse_table, layout.levels,
-                                                                 force);
+    plan_transfer<<<unsigned(count + kLevelBlocks), kBlockSamples, 0, stream>>>(layout.table, count, layout.pulse_table,
+                                                                                layout.levels, force);
     check(cudaGetLastError(), "transfer planning");
     apply_trains(layout.pulses, layout.pulse_table, layout.sets, layout.levels, Predicate{layout.pulse_jobs, force},
                  stream);
   }
   if (layout.digital) {
-    const int64_t most = int64_t(2048 / kRectangleThreads) * processors();
+    const int64_t most = int64_t(kRectangleBlocks) * processors();
     transfer_digital<<<unsigned(layout.cells < most ? layout.cells : most), kRectangleThreads, 0, stream>>>(
         layout.table, count, layout.cells, force);
   }

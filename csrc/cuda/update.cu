@@ -71,12 +71,13 @@ __device__ __forceinline__ uint32_t largest_of_few(const Operand& v, const uint3
   return top;
 }
 
-// Trains and their slots, one thread block per block of samples; the last one of a job packs its rounds.
+// Trains and their slots, one thread block per block of samples; the last one of a job packs its rounds. kLevelBlocks
+// more fill the noise table.
 __global__ void __launch_bounds__(kBlockSamples) plan_trains(DevicePulse* table, int count, float* levels) {
-  fill_levels(levels, int(blockIdx.x * kBlockSamples + threadIdx.x), int(gridDim.x * kBlockSamples));
-  DevicePulse& p =
-      const_cast<DevicePulse&>(find_job(table, count, int64_t(blockIdx.x), &DevicePulse::first_plan_block));
-  const int block = int(int64_t(blockIdx.x) - p.first_plan_block);
+  if (blockIdx.x < kLevelBlocks) return fill_levels(levels, int(blockIdx.x));
+  const int64_t number = int64_t(blockIdx.x) - kLevelBlocks;
+  DevicePulse& p = const_cast<DevicePulse&>(find_job(table, count, number, &DevicePulse::first_plan_block));
+  const int block = int(number - p.first_plan_block);
   const bool mine = int(threadIdx.x) < p.samples;
   const int64_t s = int64_t(block) * p.samples + threadIdx.x;
   Train train{0, 0.0f, 0.0f};
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kBlockSamples) plan_trains(DevicePulse* table,
   if (threadIdx.x == 0 && bad) count_nonfinite(p.job.counts, p.job.state[kStep], bad);
   __shared__ bool last;
   if (threadIdx.x == 0) {
-    __threadfence();  // what lay_out wrote
+    __threadfence();  // thread 0 wrote what lay_out found
     last = atomicAdd(&p.planned, 1) == p.blocks - 1;
     __threadfence();
   }
@@ -141,7 +142,7 @@ void pulsed_update(const std::vector<PulseJob>& list, void* workspace, Stream ha
   if (layout.warps > 0)
     sample_maxima<<<unsigned(blocks_of(layout.warps, kMaximaWarps)), 32 * kMaximaWarps, 0, stream>>>(
         layout.table, count, layout.warps);
-  plan_trains<<<unsigned(layout.plans), kBlockSamples, 0, stream>>>(layout.table, count, layout.levels);
+  plan_trains<<<unsigned(layout.plans + kLevelBlocks), kBlockSamples, 0, stream>>>(layout.table, count, layout.levels);
   check(cudaGetLastError(), "pulse planning");
   apply_trains(layout.jobs, layout.table, layout.sets, layout.levels, Predicate{nullptr, 0}, stream);
 }

@@ -109,9 +109,6 @@ class LRTTLinear(TileModule):
         # One matrix product that accumulates, instead of a product, a temporary of y's size and an addition.
         y.view(-1, a.shape[0]).addmm_(self.samples(z), a.t(), alpha=alpha)
 
-    def factors_in(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        return a.t().to(dtype, memory_format=torch.contiguous_format).t(), b.to(dtype)  # D A reads A^T along rows
-
     def factor_product(self, x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         rows = self.samples(x)
         if dtype not in _HALVES or x.dtype not in (torch.float32, dtype) or not projects(rows, b.shape[0]):

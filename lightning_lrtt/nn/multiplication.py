@@ -60,17 +60,15 @@ class Multiplication(nn.Module):
         takes less time than the launches that it saves.
         """
         merged = dtype != c.dtype or (c.is_cuda and c.numel() <= _SMALL)
-        w = torch.ops.lrtt.merge(c.flatten(1), a, b, alpha, dtype) if merged else c
-        a, b = self.factors_in(a, b, dtype)
+        w = c
+        if merged:
+            w, a_t, b = torch.ops.lrtt.merge(c.flatten(1), a, b, alpha, dtype)
+            a = a_t.t()
         x, z, x_top = self.factor_product(x, b, dtype)
         y = self.project(x, w)
         if not merged:
             self.add_mix(y, z, a, alpha)
         return Products(y, x, z, w, a, b, merged, x_top)
-
-    def factors_in(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B in ``dtype``, as `mix_backward` and `project` like them in memory."""
-        return a.to(dtype), b.to(dtype)
 
     def factor_product(self, x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """x in ``dtype``, ``project(x, b)`` of it, and `Operands.x_top` where it is at hand."""

@@ -6,19 +6,21 @@ import torch
 from torch import Tensor
 
 from lightning_lrtt.ops import schema
-from lightning_lrtt.ops.kernels import _run, _same_device
+from lightning_lrtt.ops.kernels import _ELEMENT_TYPES, _run, _same_device
 
 
-def merge(c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+def merge(c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     _same_device("merge", c, a=a, b=b)
     (d, k), r = c.shape, a.shape[1]
     floats = all(t.dtype == torch.float32 and t.is_contiguous() for t in (c, a, b)) and c.numel() > 0
-    halves = dtype in (torch.bfloat16, torch.float16)
-    if not (c.is_cuda and floats and halves and all(t.data_ptr() % 16 == 0 for t in (c, b)) and k % 4 == 0 and r <= 32):
-        return torch.addmm(c, a, b, alpha=alpha).to(dtype)
-    out = torch.empty((d, k), dtype=dtype, device=c.device)
-    _run(c, "merge", *(t.data_ptr() for t in (c, a, b, out)), d, k, r, alpha, dtype == torch.bfloat16)
-    return out
+    whole = k % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in (c, b))
+    if not (c.is_cuda and floats and whole and dtype in _ELEMENT_TYPES and r <= 32):
+        a_t = a.t().to(dtype, copy=True, memory_format=torch.contiguous_format)
+        return torch.addmm(c, a, b, alpha=alpha).to(dtype), a_t, b.to(dtype, copy=True)
+    w, a_t, b_out = (torch.empty(shape, dtype=dtype, device=c.device) for shape in ((d, k), (r, d), (r, k)))
+    pointers = (t.data_ptr() for t in (c, a, b, w, a_t, b_out))
+    _run(c, "merge", *pointers, d, k, r, alpha, _ELEMENT_TYPES[dtype])
+    return w, a_t, b_out
 
 
 def projects(x: Tensor, r: int) -> bool:

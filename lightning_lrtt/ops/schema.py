@@ -96,8 +96,8 @@ library.define(
     "io_output_(Tensor(a!) y, Tensor acc, Tensor per, Tensor ticket, Tensor state, Tensor io, int array, int round, "
     "int first_sample, Tensor? pending) -> Tensor"
 )
-# c + alpha a b, [d, k] + [d, r] [r, k], added up in c's type and rounded to dtype.
-library.define("merge(Tensor c, Tensor a, Tensor b, float alpha, ScalarType dtype) -> Tensor")
+# c + alpha a b, [d, k] + [d, r] [r, k], added up in c's type and rounded to dtype; a^T [r, d] and b in it.
+library.define("merge(Tensor c, Tensor a, Tensor b, float alpha, ScalarType dtype) -> (Tensor, Tensor, Tensor)")
 # z [n, r] <- x [n, k] w [r, k]^T in w's dtype, and x in it into `narrow`; returns int32 [n], the bits of the largest |x|
 # of that dtype as float32: what `pulsed_update_` takes as x_top or d_top.
 library.define("project_(Tensor(a!) z, Tensor x, Tensor w, Tensor(b!)? narrow) -> Tensor")
@@ -236,7 +236,7 @@ def _(c, a, b, alpha, dtype):  # type: ignore[no-untyped-def]
         c.dim() == a.dim() == 2 and tuple(b.shape) == (a.shape[1], c.shape[1]) and a.shape[0] == c.shape[0],
         lambda: f"merge: c [d, k], a [d, r], b [r, k] must agree, got {[list(t.shape) for t in (c, a, b)]}",
     )
-    return c.new_empty(c.shape, dtype=dtype)
+    return tuple(c.new_empty(shape, dtype=dtype) for shape in (c.shape, (a.shape[1], a.shape[0]), b.shape))
 
 
 @torch.library.register_fake("lrtt::project_", lib=library)
