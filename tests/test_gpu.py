@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -361,6 +362,36 @@ HELD = {
     ),
     "pair-exp": devices.OneSided(device=devices.ExpStep(dw_min=0.005)),
 }
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        (None, torch.float32),
+        (None, torch.float64),
+        (devices.SoftBounds(), torch.float32),
+        (HELD["noisy"], torch.float32),
+        (HELD["pair"], torch.float32),
+    ],
+    ids=["float32", "float64", "bounded", "noisy", "pair"],
+)
+@pytest.mark.parametrize(("d", "k", "r"), [(150, 530, 37), (1, 300, 1), (64, 256, 16), (257, 5, 5)])
+def test_digital_transfer_bits(device, dtype, d, k, r):
+    """C in several rectangles of a thread block, ranks below and above what lies in shared memory together."""
+    config = LRTTConfig(rank=r, reinit_gain=1.0, visible_device=device, transfer_mode="digital")
+    layer = LRTTLinear(k, d, bias=False, config=config, dtype=dtype, tile=0)
+    torch.nn.init.normal_(layer.A, std=0.05)
+    twin = copy.deepcopy(layer).cuda()
+    results = []
+    for tile in (layer, twin):
+        for _ in range(2):
+            tile.flush()
+            tile.A.detach().copy_(tile.B.detach()[:, :1].t().expand(d, r) * 0.1)
+        results.append(
+            [t.cpu() for t in (tile.matrix, *tile.factors(), tile.tile_state, tile.tile_counts, *tile.cells(2))]
+        )
+    assert_same(results, ("C", "A", "B", "state", "counts", "cells")[: len(results[0])])
+    assert bool((results[0][0] != 0).any())
 
 
 @pytest.mark.parametrize("device", HELD)

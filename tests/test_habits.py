@@ -33,7 +33,6 @@ LIMITS = {
 }
 LONGER = {
     "csrc/devices.h": 477,
-    "lightning_lrtt/ops/kernels.py": 475,
 }
 # Spelled in two halves, so that this file passes its own test.
 UNFINISHED = re.compile("|".join(("TO" + "DO", "FIX" + "ME", r"\bXX" + r"X\b", r"\bTB" + r"D\b", "lorem " + "ipsum")))

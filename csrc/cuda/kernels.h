@@ -33,8 +33,8 @@ void read_input(const InputJob& job, Stream stream);
 void read_output(const OutputJob& job, Stream stream);
 void read_product(const ProductJob& job, Stream stream);
 
-// out[d, k] = c[d, k] + alpha a[d, r] b[r, k], a_t[r, d] = a^T and b_out = b in ElementType `type`: contiguous, c, b and
-// out aligned to 16 bytes, k a multiple of 4, r at most 32, d at most 2^20.
+// out[d, k] = c[d, k] + alpha a[d, r] b[r, k], a_t[r, d] = a^T and b_out = b in ElementType `type`: contiguous, c, b
+// and out aligned to 16 bytes, k a multiple of 4, r at most 32, d at most 2^20.
 struct MergeJob {
   const float *c, *a, *b;
   void *out, *a_t, *b_out;

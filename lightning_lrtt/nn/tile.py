@@ -12,7 +12,7 @@ from lightning_lrtt import _check
 from lightning_lrtt.config import LRTTConfig
 from lightning_lrtt.nn import identity
 from lightning_lrtt.nn.analog import analog_read
-from lightning_lrtt.nn.function import digital_read, latched_read
+from lightning_lrtt.nn.function import casts, digital_read, latched_read
 from lightning_lrtt.nn.key import tile_key
 from lightning_lrtt.nn.latch import Latch
 from lightning_lrtt.nn.link import TileLink
@@ -331,17 +331,11 @@ class TileModule(Multiplication):
         y: Tensor
         if self.config.io is not None:
             y = analog_read(self, x)
-        elif learns and (self.config.is_pulsed or self.config.transfer_unit == "samples" or self._merges(x)):
+        elif learns and (self.config.is_pulsed or self.config.transfer_unit == "samples" or casts(self.weight, x)):
             y = latched_read(self, x)
         else:
             y = digital_read(self, x)
         return y if self.output_scale is None else y * self.output_scale.to(y.dtype)
-
-    def _merges(self, x: Tensor) -> bool:
-        """Whether a digital tile is read faster by `latched_read`: where autocast copies C, and no compiler fuses the read."""
-        kind = x.device.type
-        casts = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != self.weight.dtype
-        return casts and not torch.compiler.is_compiling()
 
     # -------------------------------------------------------------- links, copies, loading
 

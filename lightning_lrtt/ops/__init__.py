@@ -10,6 +10,7 @@ from lightning_lrtt.ops import (  # noqa: F401  registers the operators
     kernels,
     product_kernels,
     schema,
+    segment_kernels,
     weight_kernels,
 )
 from lightning_lrtt.ops.schema import COUNTER, COUNTS, CYCLE, FIXED_POINT, KEY, STATE_SIZE, STEP, A, B, C
