@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 
@@ -230,6 +231,42 @@ def test_autocast_reads_the_effective_weight_rounded_once(shape, dtype):
     assert torch.equal(call.x, bf16[0]) and torch.equal(call.d, d)
     torch.testing.assert_close(call.xb, layer.project(bf16[0], bf16[1]))
     torch.testing.assert_close(call.da, layer.mix_backward(d, call.xb, bf16[2])[0])
+
+
+@pytest.mark.parametrize("config", [DIGITAL, PULSED], ids=["digital", "pulsed"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_bias_and_its_gradient(kind, dtype, config):
+    """Against the digital layer of the effective weight in float64.
+
+    Tolerance: of sums of magnitudes, as of the read above, or in float32 one rounding for each of at most 18 + 4 terms and
+    two for the weight. The gradient of the bias is a float32 sum of d.
+    """
+    sizes = {"linear": (LRTTLinear, (6, 4), (3, 2, 6)), "conv1d": (LRTTConv1d, (6, 4, 3), (2, 6, 8))}
+    tiled, arguments, shape = sizes.get(kind, (LRTTConv2d, (2, 4, 3), (2, 2, 5, 6)))
+    layer = tiled(*arguments, config=config, tile=0)
+    torch.nn.init.normal_(layer.A, std=0.1)
+    x = randn(1, *shape)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+        y = layer(x)
+    d = randn(2, *y.shape).to(y.dtype)
+    y.backward(d)
+    digital = layer.to_digital().double()
+    exact = digital(x.double())
+    magnitudes = copy.deepcopy(digital)
+    with torch.no_grad():
+        magnitudes.weight.abs_()
+        magnitudes.weight.add_(2 * (layer.A.abs() @ layer.B.abs()).view(layer.weight.shape))
+        magnitudes.bias.abs_()
+    bound = 3.3 * 2.0**-9 if dtype else 24 * 2.0**-24
+    assert ((y.double() - exact).abs() <= bound * magnitudes(x.double().abs())).all()
+    exact.backward(d.double())
+    torch.testing.assert_close(layer.bias.grad.double(), digital.bias.grad, rtol=1e-5, atol=1e-5)
+    assert layer.bias.grad.dtype == torch.float32
+    layer.bias.requires_grad_(False)
+    layer.bias.grad = None
+    layer(x).sum().backward()
+    assert layer.bias.grad is None
 
 
 # ------------------------------------------------------------------ conversion

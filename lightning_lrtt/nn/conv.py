@@ -116,11 +116,11 @@ class _LRTTConv(TileModule):
     def _kernel(self, w: Tensor) -> Tensor:
         return w.view(-1, self.in_channels, *self.kernel_size)
 
-    def _convolve(self, x: Tensor, kernel: Tensor, spatial: bool = True) -> Tensor:
+    def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None, spatial: bool = True) -> Tensor:
         convolve: Callable[..., Tensor] = F.conv1d if self.ndim == 1 else F.conv2d
         if not spatial:
             return convolve(x, kernel)
-        return convolve(x, kernel, None, self.stride, self._pads, self.dilation)
+        return convolve(x, kernel, bias, self.stride, self._pads, self.dilation)
 
     def _convolve_backward(
         self, grad: Tensor, x: Tensor, kernel: Tensor, needs: tuple[bool, bool], spatial: bool = True
@@ -132,8 +132,8 @@ class _LRTTConv(TileModule):
         )
         return by_x, by_w
 
-    def project(self, x: Tensor, w: Tensor) -> Tensor:
-        return self._convolve(x, self._kernel(w))
+    def project(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._convolve(x, self._kernel(w), bias)
 
     def project_backward(
         self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]
@@ -154,6 +154,9 @@ class _LRTTConv(TileModule):
     def add_bias(self, y: Tensor) -> Tensor:
         assert self.bias is not None
         return y + self.bias.to(y.dtype).view(-1, *[1] * self.ndim)
+
+    def bias_gradient(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        return grad.sum((0, *range(2, grad.dim())), dtype=dtype)
 
     def samples(self, features: Tensor) -> Tensor:
         return features.flatten(2).transpose(1, 2).reshape(-1, features.shape[1])

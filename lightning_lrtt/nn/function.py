@@ -19,21 +19,24 @@ def digital_read(tile: TileModule, x: Tensor) -> Tensor:
     return tile.with_mix(y, tile.project(x, tile.B), tile.A, tile.config.alpha)
 
 
-def casts(c: Tensor, x: Tensor) -> bool:
-    """Whether autocast copies C for a read: then `latched_read` is the faster one on digital tiles too.
+def is_latched(tile: TileModule, x: Tensor) -> bool:
+    """Whether `latched_read` is what reads the tile, not `digital_read`.
 
-    Not where a compiler fuses the read, whose graph it would break.
+    It must, where backward leaves something for the update. Where autocast copies C it is the faster one on digital tiles
+    too, unless a compiler fuses the read, whose graph it would break.
     """
-    kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != c.dtype
-    return autocast and not torch.compiler.is_compiling()
+    config, kind = tile.config, x.device.type
+    if not (torch.is_grad_enabled() and tile.A.requires_grad and config.io is None):
+        return False
+    copies = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != tile.weight.dtype
+    return config.is_pulsed or config.transfer_unit == "samples" or (copies and not torch.compiler.is_compiling())
 
 
 # A compiled graph would drop the latch, and with it every update.
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves its options unannotated
-def latched_read(tile: TileModule, x: Tensor) -> Tensor:
+def latched_read(tile: TileModule, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """The tile's output; backward also counts the samples and, on a pulsed tile, latches x, X_B, D and D_A."""
-    y: Tensor = _LatchedRead.apply(x, tile.weight, tile.A, tile.B, tile)  # type: ignore[no-untyped-call]  # torch's
+    y: Tensor = _LatchedRead.apply(x, tile.weight, tile.A, tile.B, bias, tile)  # type: ignore[no-untyped-call]  # torch's
     return y
 
 
@@ -52,12 +55,12 @@ class _LatchedRead(torch.autograd.Function):
     """Under autocast all products run in the autocast dtype, and gradients return in the dtype of their parameter."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, c: Tensor, a: Tensor, b: Tensor, tile: TileModule) -> Tensor:
+    def forward(ctx: Any, x: Tensor, c: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, tile: TileModule) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         ctx.tile, ctx.in_dtype = tile, x.dtype
         with torch.autocast(kind, enabled=False):
-            found = tile.products(x, c, a, b, tile.config.alpha, dtype)
+            found = tile.products(x, c, a, b, bias, tile.config.alpha, dtype)
         ctx.merged, ctx.x_top = found.merged, found.x_top
         ctx.save_for_backward(found.x, found.z, found.w, found.a, found.b)
         return found.y
@@ -87,4 +90,5 @@ class _LatchedRead(torch.autograd.Function):
             tile.latch.samples += z.numel() // a.shape[1]
             if tile.config.is_pulsed:
                 tile.latch.add(Operands(x, z, grad, dz, x._version, ctx.x_top, d_top), grad_a, grad_b)
-        return grad_x, None, grad_a, grad_b, None
+        grad_bias = tile.bias_gradient(grad, tile.A.dtype) if ctx.needs_input_grad[4] else None
+        return grad_x, None, grad_a, grad_b, grad_bias, None

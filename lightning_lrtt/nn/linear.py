@@ -77,8 +77,8 @@ class LRTTLinear(TileModule):
         """Apply the layer."""
         return self.read(x)
 
-    def project(self, x: Tensor, w: Tensor) -> Tensor:
-        return F.linear(x, w)
+    def project(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, w, bias)
 
     def project_backward(
         self, grad: Tensor, x: Tensor, w: Tensor, needs: tuple[bool, bool]
@@ -132,6 +132,9 @@ class LRTTLinear(TileModule):
     def add_bias(self, y: Tensor) -> Tensor:
         assert self.bias is not None
         return y + self.bias.to(y.dtype)  # as nn.Linear, whose output has the autocast dtype
+
+    def bias_gradient(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.samples(grad).sum(0, dtype=dtype)
 
     def samples(self, features: Tensor) -> Tensor:
         return features.reshape(-1, features.shape[-1])

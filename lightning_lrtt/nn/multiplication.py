@@ -30,7 +30,7 @@ class Multiplication(nn.Module):
     A sample is one row of x and of the output's gradient: an input of a linear layer, a position of a convolution.
     """
 
-    def project(self, x: Tensor, w: Tensor) -> Tensor:
+    def project(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         """x times a matrix ``[rows, k]``: ``x w^T`` for a linear layer, a convolution with ``rows`` outputs otherwise."""
         raise NotImplementedError
 
@@ -52,22 +52,28 @@ class Multiplication(nn.Module):
         """``y += alpha mix(z, a)`` in place."""
         y.add_(self.mix(z, a), alpha=alpha)
 
-    def products(self, x: Tensor, c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> Products:
-        """``y = project(x, c) + alpha mix(z, a)`` with ``z = project(x, b)``, in ``dtype``.
+    def products(
+        self, x: Tensor, c: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, dtype: torch.dtype
+    ) -> Products:
+        """``y = project(x, c) + alpha mix(z, a) + bias`` with ``z = project(x, b)``, in ``dtype``.
 
         Where C is copied into another dtype anyway, the copy is ``C + alpha A B``, rounded once: like dense training in
         mixed precision, and y and the gradient of x are one product each. So for small C on a GPU, where a pass over C
         takes less time than the launches that it saves.
         """
         merged = dtype != c.dtype or (c.is_cuda and c.numel() <= _SMALL)
-        w = c
         if merged:
             w, a_t, b = torch.ops.lrtt.merge(c.flatten(1), a, b, alpha, dtype)
             a = a_t.t()
-        x, z, x_top = self.factor_product(x, b, dtype)
-        y = self.project(x, w)
-        if not merged:
+            x, z, x_top = self.factor_product(x, b, dtype)
+            y = self.project(x, w, None if bias is None else bias.to(dtype))
+        else:
+            w = c
+            x, z, x_top = self.factor_product(x, b, dtype)
+            y = self.project(x, c)
             self.add_mix(y, z, a, alpha)
+            if bias is not None:
+                y = self.add_bias(y)
         return Products(y, x, z, w, a, b, merged, x_top)
 
     def factor_product(self, x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -91,6 +97,10 @@ class Multiplication(nn.Module):
 
     def add_bias(self, y: Tensor) -> Tensor:
         """y plus the bias, broadcast over samples."""
+        raise NotImplementedError
+
+    def bias_gradient(self, grad: Tensor, dtype: torch.dtype) -> Tensor:
+        """The gradient of the bias from that of the output, added up in ``dtype``."""
         raise NotImplementedError
 
     def samples(self, features: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from lightning_lrtt import _check
 from lightning_lrtt.config import LRTTConfig
 from lightning_lrtt.nn import identity
 from lightning_lrtt.nn.analog import analog_read
-from lightning_lrtt.nn.function import casts, digital_read, latched_read
+from lightning_lrtt.nn.function import digital_read, is_latched, latched_read
 from lightning_lrtt.nn.key import tile_key
 from lightning_lrtt.nn.latch import Latch
 from lightning_lrtt.nn.link import TileLink
@@ -317,8 +317,9 @@ class TileModule(Multiplication):
 
     def read(self, x: Tensor) -> Tensor:
         """The layer's output for x, in a way that lets a pulsed tile latch its operands."""
-        y = self.multiply(x)
-        return y if self.bias is None else self.add_bias(y)
+        fused = self.output_scale is None and is_latched(self, x)
+        y = latched_read(self, x, self.bias) if fused else self.multiply(x)
+        return y if fused or self.bias is None else self.add_bias(y)
 
     def multiply(self, x: Tensor) -> Tensor:
         """`read` without the bias.
@@ -327,11 +328,10 @@ class TileModule(Multiplication):
         ``(d * tile.multiply(x)).sum()`` sends the tile the outer product ``d x^T`` and nothing else, latched on a pulsed
         tile, as ``p.grad`` of A and B on every tile.
         """
-        learns = torch.is_grad_enabled() and self.A.requires_grad
         y: Tensor
         if self.config.io is not None:
             y = analog_read(self, x)
-        elif learns and (self.config.is_pulsed or self.config.transfer_unit == "samples" or casts(self.weight, x)):
+        elif is_latched(self, x):
             y = latched_read(self, x)
         else:
             y = digital_read(self, x)
