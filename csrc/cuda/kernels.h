@@ -59,6 +59,31 @@ struct ProjectJob {
 
 void project(const ProjectJob& job, Stream stream);
 
+// The same of float32 rows, for small n k; r at most 16, z and w contiguous.
+struct SmallProjectJob {
+  const float *x, *w;
+  float* z;
+  uint32_t* top;
+  int64_t x_stride;
+  int n, k, r;
+};
+
+void small_project(const SmallProjectJob& job, Stream stream);
+
+// Of a small float32 layer's output gradient grad[n, d], input x[n, k], z[n, r] = x b^T and a_t[r, d]: dz = grad a and
+// its rows' top (of |grad|), grad_a[d, r] = grad^T z, grad_b[r, k] = dz^T x and grad_bias[d] = sum of grad. n is at
+// most kSmallSamples, r at most 16; all but grad and x are contiguous.
+constexpr int kSmallSamples = 256;
+struct FactorJob {
+  const float *grad, *x, *z, *a_t;
+  float *dz, *grad_a, *grad_b, *grad_bias;
+  uint32_t* top;
+  int64_t grad_stride, x_stride;
+  int n, d, k, r;
+};
+
+void small_gradients(const FactorJob& job, Stream stream);
+
 // Whether a network of these groups can be relaxed by one kernel on the current device; scratch for so many samples.
 bool hopfield_fits(int odd, int even);
 size_t hopfield_bytes(int64_t samples);

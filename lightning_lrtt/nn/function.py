@@ -72,16 +72,13 @@ class _LatchedRead(torch.autograd.Function):
         alpha = tile.config.alpha
         x, z, w, a, b = ctx.saved_tensors
         grad = grad.to(x.dtype)
-        dz, grad_a, d_top = tile.mix_backward(grad, z, a)
-        need_x = ctx.needs_input_grad[0]
-        _, by_b = tile.project_backward(dz, x, b, (False, True))
-        assert by_b is not None
+        bias_dtype = tile.A.dtype if ctx.needs_input_grad[4] else None
+        dz, grad_a, grad_b, grad_bias, d_top = tile.factor_gradients(grad, x, z, a, b, bias_dtype)
         grad_x = None
-        if need_x:
+        if ctx.needs_input_grad[0]:
             grad_x = tile.input_gradient(grad, x, w, ctx.in_dtype)
             if not ctx.merged:
                 tile.add_input_gradient(grad_x, dz, x, b, alpha)
-        grad_b = by_b
         if alpha != 1.0:
             grad_a, grad_b = alpha * grad_a, alpha * grad_b
         grad_a, grad_b = grad_a.to(tile.A.dtype), grad_b.to(tile.B.dtype)
@@ -90,5 +87,4 @@ class _LatchedRead(torch.autograd.Function):
             tile.latch.samples += z.numel() // a.shape[1]
             if tile.config.is_pulsed:
                 tile.latch.add(Operands(x, z, grad, dz, x._version, ctx.x_top, d_top), grad_a, grad_b)
-        grad_bias = tile.bias_gradient(grad, tile.A.dtype) if ctx.needs_input_grad[4] else None
         return grad_x, None, grad_a, grad_b, grad_bias, None

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lrtt.config import LRTTConfig
+from lightning_lrtt.nn.multiplication import FactorGradients
 from lightning_lrtt.nn.tile import TileModule
-from lightning_lrtt.ops.product_kernels import projects
+from lightning_lrtt.ops.product_kernels import gathers, projects
 
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -92,7 +93,7 @@ class LRTTLinear(TileModule):
 
     def mix_backward(self, grad: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         by_a, rows = self.outer(grad, z), self.samples(grad)
-        if grad.dtype not in _HALVES or not projects(rows, a.shape[1]):
+        if not projects(rows, a.shape[1], grad.dtype):
             return grad @ a, by_a, None
         by_z = grad.new_empty((*grad.shape[:-1], a.shape[1]))
         top = torch.ops.lrtt.project_(self.samples(by_z), rows, a.t().contiguous(), None)
@@ -111,12 +112,21 @@ class LRTTLinear(TileModule):
 
     def factor_product(self, x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         rows = self.samples(x)
-        if dtype not in _HALVES or x.dtype not in (torch.float32, dtype) or not projects(rows, b.shape[0]):
+        if not projects(rows, b.shape[0], dtype):
             return super().factor_product(x, b, dtype)
         z = x.new_empty((*x.shape[:-1], b.shape[0]), dtype=dtype)
         narrow = None if x.dtype == dtype else rows.new_empty(rows.shape, dtype=dtype)
         top = torch.ops.lrtt.project_(self.samples(z), rows, b, narrow)
         return x if narrow is None else narrow.view(x.shape), z, top
+
+    def factor_gradients(
+        self, grad: Tensor, x: Tensor, z: Tensor, a: Tensor, b: Tensor, bias: torch.dtype | None
+    ) -> FactorGradients:
+        rows, own_x, own_z = self.samples(grad), self.samples(x), self.samples(z)
+        if not gathers(rows, own_x, own_z, a):
+            return super().factor_gradients(grad, x, z, a, b, bias)
+        dz, by_a, by_b, by_bias, top = torch.ops.lrtt.factor_gradients(rows, own_x, own_z, a)
+        return FactorGradients(dz.view(z.shape), by_a, by_b, None if bias is None else by_bias, top)
 
     def input_gradient(self, grad: Tensor, x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
         if grad.is_cuda and grad.dtype in _HALVES and dtype == torch.float32:  # as it is added up

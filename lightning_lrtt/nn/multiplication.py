@@ -24,6 +24,16 @@ class Products(NamedTuple):
     x_top: Tensor | None  # as `Operands.x_top`
 
 
+class FactorGradients(NamedTuple):
+    """What backward owes the factors and the bias."""
+
+    dz: Tensor  # D_A
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    d_top: Tensor | None  # as `Operands.d_top`
+
+
 class Multiplication(nn.Module):
     """How a layer multiplies by a matrix of its tile, and how its activations are cut into samples.
 
@@ -80,6 +90,15 @@ class Multiplication(nn.Module):
         """x in ``dtype``, ``project(x, b)`` of it, and `Operands.x_top` where it is at hand."""
         x = x.to(dtype)
         return x, self.project(x, b), None
+
+    def factor_gradients(
+        self, grad: Tensor, x: Tensor, z: Tensor, a: Tensor, b: Tensor, bias: torch.dtype | None
+    ) -> FactorGradients:
+        """Gradients of A and B as they enter `products`, and of a bias of dtype ``bias``."""
+        dz, by_a, d_top = self.mix_backward(grad, z, a)
+        _, by_b = self.project_backward(dz, x, b, (False, True))
+        assert by_b is not None
+        return FactorGradients(dz, by_a, by_b, None if bias is None else self.bias_gradient(grad, bias), d_top)
 
     def input_gradient(self, grad: Tensor, x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
         """The gradient of `project` by x, in ``dtype``."""

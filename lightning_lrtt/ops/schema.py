@@ -101,6 +101,11 @@ library.define("merge(Tensor c, Tensor a, Tensor b, float alpha, ScalarType dtyp
 # z [n, r] <- x [n, k] w [r, k]^T in w's dtype, and x in it into `narrow`; returns int32 [n], the bits of the largest |x|
 # of that dtype as float32: what `pulsed_update_` takes as x_top or d_top.
 library.define("project_(Tensor(a!) z, Tensor x, Tensor w, Tensor(b!)? narrow) -> Tensor")
+# Of an output gradient [n, d], the input x [n, k], z [n, r] = x B^T and A [d, r]: dz = grad A, the gradients of A and B,
+# that of a bias, and the bits of each sample's largest |grad| as `project_` returns them.
+library.define(
+    "factor_gradients(Tensor grad, Tensor x, Tensor z, Tensor a) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 # Decodes GGML blocks: blocks uint8 [rows * bytes of a row], out [rows, columns] float32 or bfloat16 with unit stride in a
 # row; row i goes to row rows[i] of out (int64 [rows], each of them once; None: row i).
 library.define("dequantize_(Tensor(a!) out, Tensor blocks, int type, Tensor? rows) -> ()")
@@ -246,6 +251,20 @@ def _(z, x, w, narrow):  # type: ignore[no-untyped-def]
         lambda: f"project_: z [n, r], x [n, k], w [r, k] must agree, got {[list(t.shape) for t in (z, x, w)]}",
     )
     return x.new_empty(x.shape[0], dtype=torch.int32)
+
+
+@torch.library.register_fake("lrtt::factor_gradients", lib=library)
+def _(grad, x, z, a):  # type: ignore[no-untyped-def]
+    (n, d), k, r = grad.shape, x.shape[1], z.shape[1]
+    torch._check(
+        tuple(a.shape) == (d, r) and x.shape[0] == z.shape[0] == n,
+        lambda: (
+            f"factor_gradients: grad [n, d], x [n, k], z [n, r], a [d, r] must agree, got "
+            f"{[list(t.shape) for t in (grad, x, z, a)]}"
+        ),
+    )
+    found = tuple(grad.new_empty(shape) for shape in ((n, r), (d, r), (r, k), (d,)))
+    return *found, grad.new_empty(n, dtype=torch.int32)
 
 
 @torch.library.register_fake("lrtt::dequantize_", lib=library)

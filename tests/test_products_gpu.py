@@ -1,0 +1,151 @@
+"""CUDA kernels around a layer's matrix product, against float64: the merged weight, projections, gradients of factors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_helpers import NEEDS_GPU, state_and_counts
+
+from lightning_lrtt import LRTTConfig, devices
+from lightning_lrtt.nn import LRTTLinear
+
+pytestmark = NEEDS_GPU
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("d", "k", "r"), [(33, 260, 3), (70, 1028, 16), (5, 4, 8), (64, 132, 17), (40, 64, 32), (9, 63, 4), (8, 16, 40)]
+)
+def test_merge(dtype, d, k, r):
+    """C + alpha A B in float64 from the same float32 numbers, rounded to dtype.
+
+    Tolerance: half an ulp of the result, and r + 3 roundings in float32 (alpha, alpha a, a sum for each term) of sums no larger
+    than the sum of magnitudes.
+    """
+    generator = torch.Generator().manual_seed(d)
+    c, a, b = (torch.randn(shape, generator=generator) for shape in ((d, k), (d, r), (r, k)))
+    out, a_t, b_out = torch.ops.lrtt.merge(c.cuda(), a.cuda(), b.cuda(), 0.7, dtype)
+    assert torch.equal(a_t.cpu(), a.t().to(dtype)) and torch.equal(b_out.cpu(), b.to(dtype))
+    exact = c.double() + 0.7 * a.double() @ b.double()
+    scale = c.double().abs() + 0.7 * a.double().abs() @ b.double().abs()
+    assert out.dtype == dtype
+    bound = torch.finfo(dtype).eps / 2 * exact.abs() + (r + 3) * 2.0**-24 * scale
+    assert bool(((out.cpu().double() - exact).abs() <= 1.001 * bound).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_factor_gradients_are_summed_and_kept_in_float32(dtype):
+    """Those of A and B under autocast, against float64 from the halves that the layer multiplies.
+
+    Tolerance: N products of halves (exact in float32), added up in float32 in any order: N 2^-24 of the sum of magnitudes.
+    A bfloat16 result would be off by up to 2^-9 of itself, a float16 one by 2^-12, which only the largest entries show.
+    """
+    config = LRTTConfig(rank=8, reinit_gain=1.0, fast_device=devices.SoftBounds(dw_min=0.01))
+    layer = LRTTLinear(64, 40, bias=False, config=config, device="cuda")
+    torch.nn.init.normal_(layer.A, std=0.1)
+    x, d = torch.randn(300, 64, device="cuda"), torch.randn(300, 40, device="cuda").to(dtype)
+    with torch.autocast("cuda", dtype):
+        layer(x).backward(d)
+    (call,) = layer.latch.calls
+    for found, left, right in ((layer.A.grad, call.d, call.xb), (layer.B.grad, call.da, call.x)):
+        left, right = left.double(), right.double()
+        bound = 300 * 2.0**-24 * (left.abs().t() @ right.abs())
+        assert bool(((found.double() - left.t() @ right).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", [True, False], ids=["float32", "half"])
+@pytest.mark.parametrize(("n", "k", "r"), [(4096, 4096, 16), (33, 264, 8), (1, 32, 16), (700, 1056, 3), (17, 96, 16)])
+def test_project(dtype, wide, n, k, r):
+    """x w^T in float64 from the halves, x in half precision to the bit, and its largest magnitudes.
+
+    Tolerance: k products (exact in float32) added up in float32 in any order, k 2^-24 of the sum of magnitudes, and the
+    result in half precision, half an ulp.
+    """
+    generator = torch.Generator().manual_seed(n + r)
+    x, w = torch.randn((n, k), generator=generator), torch.randn((r, k), generator=generator).to(dtype)
+    half = x.to(dtype)
+    rows = torch.full((n, k + r + 8), 5.0, dtype=dtype, device="cuda")
+    z, narrow = rows[:, k : k + r], rows[:, :k]
+    if not wide:
+        narrow.copy_(half)
+    given = x.cuda() if wide else narrow
+    top = torch.ops.lrtt.project_(z, given, w.cuda(), narrow if wide else None)
+    exact, bound = half.double() @ w.double().t(), half.double().abs() @ w.double().abs().t()
+    ulp = torch.finfo(dtype).eps / 2
+    assert bool(((z.cpu().double() - exact).abs() <= (k * 2.0**-24 + ulp) * bound).all())
+    assert torch.equal(narrow.cpu().view(torch.int16), half.view(torch.int16))
+    assert torch.equal(top.cpu(), half.float().abs().amax(1).view(torch.int32))
+    assert bool((rows[:, k + r :] == 5.0).all())
+
+
+def test_given_maxima_are_those_that_the_update_finds():
+    """The same update with and without x_top and d_top, to the bit; a wrong one is refused."""
+    model, (state, counts) = devices.SoftBounds(dw_min=0.002), state_and_counts()
+    hyper = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=model, visible_device=model).pack(40)
+    x, d = torch.randn(300, 40).bfloat16().cuda(), torch.randn(300, 24).bfloat16().cuda()
+    tops = [v.float().abs().amax(1).view(torch.int32) for v in (x, d)]
+    found = []
+    for given in ((None, None), ([tops[0]], [tops[1]]), ([tops[0]], None)):
+        w, own = torch.zeros(24, 40, device="cuda"), counts.clone().cuda()
+        args = ([w], [x], [d], [torch.tensor(0.05, device="cuda")], [state.cuda()], [own], [hyper], [2], [0])
+        torch.ops.lrtt.pulsed_update_(*args, None, *given)
+        found.append((w, own))
+    assert found[0][1][2] > 0
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+    with pytest.raises(ValueError, match="x_top and d_top must be int32"):
+        torch.ops.lrtt.pulsed_update_(*args, None, [tops[0][:5].clone()], None)
+
+
+def _within(found, exact, magnitudes, terms):
+    """A float32 sum of ``terms`` products in any order: one rounding each."""
+    return bool(((found.double().cpu() - exact).abs() <= (terms + 1) * 2.0**-24 * magnitudes).all())
+
+
+@pytest.mark.parametrize(("n", "d", "k", "r"), [(64, 512, 512, 8), (33, 31, 130, 16), (1, 5, 3, 1), (256, 256, 70, 11)])
+def test_small_float32_products(n, d, k, r):
+    """`project_` and `factor_gradients` of small float32 operands, rows within longer ones; maxima to the bit."""
+    generator = torch.Generator().manual_seed(n)
+    grad, x, w, a = (torch.randn(shape, generator=generator) for shape in ((n, d + 3), (n, k + 2), (r, k), (d, r)))
+    grad, x = grad[:, :d], x[:, :k]
+    z = torch.empty(n, r, device="cuda")
+    long = torch.randn(n, k + 2, generator=generator).cuda()
+    long[:, :k] = x.cuda()
+    top = torch.ops.lrtt.project_(z, long[:, :k], w.cuda(), None)
+    doubles = [t.double() for t in (grad, x, w, a)]
+    g64, x64, w64, a64 = doubles
+    g_abs, x_abs, w_abs, a_abs = (t.abs() for t in doubles)
+    assert _within(z, x64 @ w64.t(), x_abs @ w_abs.t(), k)
+    assert torch.equal(top.cpu(), x.abs().amax(1).view(torch.int32))
+    column_major = a.cuda().t().contiguous().t()
+    dz, by_a, by_b, by_bias, top = torch.ops.lrtt.factor_gradients(grad.cuda(), long[:, :k], z, column_major)
+    z64, dz64 = z.double().cpu(), dz.double().cpu()
+    assert _within(dz, g64 @ a64, g_abs @ a_abs, d)
+    assert _within(by_a, g64.t() @ z64, g_abs.t() @ z64.abs(), n)
+    assert _within(by_b, dz64.t() @ x64, dz64.abs().t() @ x_abs, n)
+    assert _within(by_bias, g64.sum(0), g_abs.sum(0), n)
+    assert torch.equal(top.cpu(), grad.abs().amax(1).view(torch.int32))
+
+
+@pytest.mark.parametrize("fast", [None, devices.SoftBounds(dw_min=0.01)], ids=["digital", "pulsed"])
+@pytest.mark.parametrize("shape", [(40, 96), (2, 20, 96)], ids=["rows", "sequences"])
+def test_small_layer_on_a_gpu_is_the_one_on_a_cpu(shape, fast):
+    """y and all gradients in float32, the operands of the update among them.
+
+    Tolerance: sums of at most 96 products of numbers of size 1, in another order.
+    """
+    config = LRTTConfig(rank=8, alpha=0.5, reinit_gain=1.0, fast_device=fast)
+    layer = LRTTLinear(96, 64, config=config, tile=0)
+    torch.nn.init.normal_(layer.A, std=0.1)
+    found = []
+    for device in ("cpu", "cuda"):
+        own = LRTTLinear(96, 64, config=config, tile=0, device=device)
+        own.load_state_dict(layer.state_dict())
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(shape, generator=generator).to(device).requires_grad_()
+        y = own(x)
+        y.backward(torch.randn(y.shape, generator=generator).to(device))
+        latched = [t for call in own.latch.calls for t in (call.x, call.xb, call.d, call.da)]
+        found.append([y, x.grad, own.A.grad, own.B.grad, own.bias.grad, *latched])
+    for cpu, gpu in zip(*found, strict=True):
+        torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-5, atol=2e-5)
