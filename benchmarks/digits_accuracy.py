@@ -6,6 +6,7 @@ no part in choosing anything.
 
     python benchmarks/digits_accuracy.py                 # the settings found, 5 seeds
     python benchmarks/digits_accuracy.py --search        # first the same search over lr for every row
+    python benchmarks/digits_accuracy.py --precision bf16-mixed
     python benchmarks/digits_accuracy.py --presets --seeds 3    # pulsed.yaml on the devices of every preset
 """
 
@@ -89,7 +90,7 @@ ROWS: dict[str, tuple[str, type[LRTTStrategy] | None, float | None]] = {
 }
 
 
-def run(row: str, seed: int, lr: float | None, epochs: int | None, stage: str, folder: str) -> float:
+def run(row: str, seed: int, lr: float | None, args: argparse.Namespace, stage: str, folder: str) -> float:
     """Train one configuration; accuracy of its best checkpoint on the validation set or the test set."""
     preset = row.removeprefix("LR-TT on ") if row not in ROWS else None
     file, strategy, own_lr = ROWS["LR-TT, pulsed, r = 8" if preset else row]
@@ -101,6 +102,7 @@ def run(row: str, seed: int, lr: float | None, epochs: int | None, stage: str, f
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "default_root_dir": folder,
+        "precision": args.precision,
     }
     config |= {"seed_everything": seed, "test_after_fit": stage == "test"}
     if "strategy" in trainer:
@@ -111,8 +113,8 @@ def run(row: str, seed: int, lr: float | None, epochs: int | None, stage: str, f
     if strategy is not None:
         trainer["strategy"]["class_path"] = f"{strategy.__module__}.{strategy.__qualname__}"
     config["model"]["init_args"]["lr"] = lr or own_lr or config["model"]["init_args"]["lr"]
-    if epochs is not None:
-        trainer["max_epochs"] = epochs
+    if args.epochs is not None:
+        trainer["max_epochs"] = args.epochs
     try:
         cli = LRTTCLI(args={"subcommand": "fit", "fit": config}, save_config_callback=None)
     except NonFiniteError:
@@ -136,6 +138,7 @@ def main() -> None:
         help="instead of --rows, A, B and C on the devices of these presets; without names: of all",
     )
     parser.add_argument("--search", action="store_true", help="choose lr from the grid by validation accuracy first")
+    parser.add_argument("--precision", default="32-true", help="of the Trainer")
     parser.add_argument("--epochs", type=int, default=None, help="instead of the configurations' own")
     parser.add_argument("--output", type=Path, default=None, help="also write the table here")
     args = parser.parse_args()
@@ -150,15 +153,12 @@ def main() -> None:
         for row in args.rows:
             lr = None
             if args.search:
-                found = [
-                    statistics.mean(run(row, seed, x, args.epochs, "val", folder) for seed in SEARCH_SEEDS)
-                    for x in GRID
-                ]
+                found = [statistics.mean(run(row, seed, x, args, "val", folder) for seed in SEARCH_SEEDS) for x in GRID]
                 lr = GRID[found.index(max(found))]
                 grid.append(f"| {row} | " + " | ".join(f"{x:.4f}" for x in found) + " |")
                 print(grid[-1], flush=True)
             start = time.perf_counter()
-            scores = [run(row, seed, lr, args.epochs, "test", folder) for seed in range(args.seeds)]
+            scores = [run(row, seed, lr, args, "test", folder) for seed in range(args.seeds)]
             seconds = (time.perf_counter() - start) / args.seeds
             middle, low, high = statistics.median(scores), min(scores), max(scores)
             lines.append(f"| {row} | {lr or 'as given'} | {middle:.4f} | {low:.4f} | {high:.4f} | {seconds:.0f} |")
