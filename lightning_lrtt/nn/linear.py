@@ -12,9 +12,7 @@ from torch.nn import functional as F
 from lightning_lrtt.config import LRTTConfig
 from lightning_lrtt.nn.multiplication import FactorGradients
 from lightning_lrtt.nn.tile import TileModule
-from lightning_lrtt.ops.product_kernels import gathers, projects
-
-_HALVES = (torch.bfloat16, torch.float16)
+from lightning_lrtt.ops.product_kernels import HALVES, gathers, projects
 
 
 class LRTTLinear(TileModule):
@@ -102,7 +100,7 @@ class LRTTLinear(TileModule):
     def outer(self, rows: Tensor, columns: Tensor) -> Tensor:
         """``rows^T columns`` over all samples; of half-precision operands on a GPU in float32, as they are added up."""
         left, right = self.samples(rows).t(), self.samples(columns)
-        if rows.is_cuda and rows.dtype in _HALVES:
+        if rows.is_cuda and rows.dtype in HALVES:
             return torch.mm(left, right, out_dtype=torch.float32)
         return left @ right
 
@@ -129,7 +127,7 @@ class LRTTLinear(TileModule):
         return FactorGradients(dz.view(z.shape), by_a, by_b, None if bias is None else by_bias, top)
 
     def input_gradient(self, grad: Tensor, x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
-        if grad.is_cuda and grad.dtype in _HALVES and dtype == torch.float32:  # as it is added up
+        if grad.is_cuda and grad.dtype in HALVES and dtype == torch.float32:  # as it is added up
             return torch.mm(self.samples(grad), w, out_dtype=torch.float32).view(*grad.shape[:-1], w.shape[1])
         return super().input_gradient(grad, x, w, dtype)
 

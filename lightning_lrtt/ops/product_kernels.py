@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_lrtt.ops import schema
 from lightning_lrtt.ops.kernels import _ELEMENT_TYPES, _run, _same_device
 
-_HALVES = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def merge(c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -16,7 +16,8 @@ def merge(c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> 
     (d, k), r = c.shape, a.shape[1]
     floats = all(t.dtype == torch.float32 and t.is_contiguous() for t in (c, a, b)) and c.numel() > 0
     whole = k % 4 == 0 and all(t.data_ptr() % 16 == 0 for t in (c, b))
-    if not (c.is_cuda and floats and whole and dtype in _ELEMENT_TYPES and r <= 32):
+    served = whole and r <= 32 and d <= 2**20 and dtype in _ELEMENT_TYPES
+    if not (c.is_cuda and floats and served):
         a_t = a.t().to(dtype, copy=True, memory_format=torch.contiguous_format)
         return torch.addmm(c, a, b, alpha=alpha).to(dtype), a_t, b.to(dtype, copy=True)
     w, a_t, b_out = (torch.empty(shape, dtype=dtype, device=c.device) for shape in ((d, k), (r, d), (r, k)))
@@ -32,15 +33,15 @@ def projects(x: Tensor, r: int, dtype: torch.dtype) -> bool:
         return False
     if dtype == torch.float32:  # where the sums take less time than launches
         return x.dtype == dtype and n * k <= 2**16 and k <= 2**11
-    return dtype in _HALVES and x.dtype in (torch.float32, dtype) and k % 32 == 0
+    return dtype in HALVES and x.dtype in (torch.float32, dtype) and k % 32 == 0
 
 
 def project_(z: Tensor, x: Tensor, w: Tensor, narrow: Tensor | None) -> Tensor:
     _same_device("project_", z, x=x, w=w)
     (n, k), r, dtype = x.shape, w.shape[0], w.dtype
     served = projects(x, r, dtype) and z.dtype == dtype and w.is_contiguous() and z.stride(1) == x.stride(1) == 1
-    top = torch.empty(n, dtype=torch.int32, device=x.device)
     if served and dtype == torch.float32 and narrow is None and z.is_contiguous():
+        top = torch.empty(n, dtype=torch.int32, device=x.device)
         pointers = (t.data_ptr() for t in (x, w, z, top))
         _run(z, "small_project", *pointers, x.stride(0), n, k, r)
         return top
@@ -50,6 +51,7 @@ def project_(z: Tensor, x: Tensor, w: Tensor, narrow: Tensor | None) -> Tensor:
         own = x if narrow is None else narrow.copy_(x)
         torch.mm(own, w.t(), out=z)
         return own.abs().amax(1).float().view(torch.int32)
+    top = torch.empty(n, dtype=torch.int32, device=x.device)
     into = (0, 0) if narrow is None else (narrow.data_ptr(), narrow.stride(0))
     numbers = (n, x.stride(0), into[1], z.stride(0), k, r, narrow is not None, dtype == torch.bfloat16)
     _run(z, "project", x.data_ptr(), w.data_ptr(), into[0], z.data_ptr(), top.data_ptr(), *numbers)
