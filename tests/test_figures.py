@@ -1,4 +1,4 @@
-"""What docs/algorithm.md says of its figures, on the functions that draw them."""
+"""What docs/algorithm.md and docs/performance.md say of their figures, on the functions that draw them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ from lightning_lrtt import LRTTConfig, devices
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
+def load(name: str) -> Any:
+    """The script docs/``name``.py as a module, `figures` of which lies beside it."""
+    pytest.importorskip("matplotlib", reason="figures need the extra plot")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(str(DOCS))
+        spec = importlib.util.spec_from_file_location(f"{name}_figures", DOCS / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    sys.modules.pop("figures", None)
+    return module
+
+
 @pytest.fixture(scope="module")
 def script() -> Any:
-    pytest.importorskip("matplotlib", reason="figures need the extra plot")
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.syspath_prepend(str(DOCS))  # figures.py beside it
-    spec = importlib.util.spec_from_file_location("algorithm_figures", DOCS / "algorithm.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    monkeypatch.undo()
-    sys.modules.pop("figures", None)
+    return load("algorithm")
 
 
 def test_a_transfer_moves_the_product_into_c_and_the_weight_does_not_jump(script: Any) -> None:
@@ -71,3 +75,13 @@ def test_the_figures_are_drawn(script: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert {path.name for path in DOCS.glob("algorithm_*.png")} == {
         f"algorithm_{name}.png" for name in ("cycles", "pulses", "symmetry", "update")
     }
+
+
+def test_the_parts_of_a_step_add_up_to_the_step() -> None:
+    """The tables of docs/performance.md, which the figure is drawn from: kernels, and at most 2 us between two of 25."""
+    table = load("performance").table
+    step, parts = 1e3 * table("training")["LR-TT pulsed, light"][0], table("part of a step")
+    kernels = sum(found[0] for found in parts.values())
+    assert kernels < step < kernels + 50
+    with pytest.raises(ValueError, match="must have a table that begins with 'nothing'"):
+        table("nothing")
