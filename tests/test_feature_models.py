@@ -15,7 +15,7 @@ from lightning_helpers import DIGITAL, PULSED, loader, trainer
 from torch import nn
 
 from lightning_lrtt import LRTT, LRTTConfig, convert_to_lrtt
-from lightning_lrtt.nn import find_tiles
+from lightning_lrtt.nn import LRTTLinear, find_tiles
 
 
 @feature("Models", "deepcopy and pickle")
@@ -74,6 +74,38 @@ def test_compiled(tmp_path: Path, config: LRTTConfig, what: str) -> None:
             tile.effective_weight(), other.effective_weight(), rtol=1e-4, atol=0.02 if config is PULSED else 1e-6
         )
     assert loss_of(model) == pytest.approx(loss_of(plain), rel=0.05)
+
+
+def _penalty(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Mean square of the gradient of sum(y^2) by x, which can be differentiated once more."""
+    (slope,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    return slope.square().mean()
+
+
+@feature("Models", "second derivatives", tiles="digital")
+def test_second_derivatives() -> None:
+    """A gradient penalty trains the factors outside of autocast, whose reads of tiles are differentiated once."""
+    layer = LRTTLinear(6, 4, config=DIGITAL, tile=0)
+    nn.init.normal_(layer.A, std=0.1)
+    a, b = (factor.detach().clone().requires_grad_() for factor in (layer.A, layer.B))
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    _penalty(layer(x), x).backward()
+    alpha = layer.config.alpha
+    _penalty(nn.functional.linear(x, layer.weight + alpha * a @ b, layer.bias.detach()), x).backward()
+    assert layer.A.grad is not None and layer.B.grad is not None
+    torch.testing.assert_close(layer.A.grad, a.grad, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(layer.B.grad, b.grad, rtol=1e-4, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="once_differentiable"):
+        _penalty(layer(x), x).backward()
+
+
+@feature("Models", "second derivatives", tiles="pulsed", refused=True)
+def test_second_derivatives_of_pulsed_tiles() -> None:
+    """A pulsed update is an outer product of what one backward pass left behind; torch refuses a second one."""
+    layer = LRTTLinear(6, 4, config=PULSED, tile=0)
+    x = torch.randn(5, 6).requires_grad_()
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        _penalty(layer(x), x).backward()
 
 
 @feature("Loops", "test, validate, predict (inference mode)")
