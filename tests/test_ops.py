@@ -384,11 +384,37 @@ def op_calls():
         "relax_": ([c], [state], [pack(12, rank=2, visible_device=DEVICES["leaky"])], [2]),
         "draw_cells": (state, hyper, 2, 9, 12),
         "clip_": (c, state, hyper, 2, True),
+        "merge": (c, a, b, 0.5, torch.bfloat16),
+        "project_": (torch.empty(5, 2).bfloat16(), randn(5, 5, 12), b.bfloat16(), torch.empty(5, 12).bfloat16()),
+        "project_same": (torch.empty(5, 2), randn(5, 5, 12), b, None),
+        "factor_gradients": (randn(6, 5, 9), randn(5, 5, 12), randn(7, 5, 2), a),
     }
 
 
 def op_of(name):
-    return getattr(OPS, "transfer_" if name == "transfer_digital" else name).default
+    return getattr(OPS, {"transfer_digital": "transfer_", "project_same": "project_"}.get(name, name)).default
+
+
+def test_products_around_a_layer():
+    """Operators that have kernels on a GPU only, on a CPU: the formulas of ops/schema.py in float64.
+
+    Tolerance: at most 13 float32 roundings of sums of magnitudes below 60; results in bfloat16 are those of float32 rounded.
+    """
+    c, a, b, alpha, dtype = op_calls()["merge"]
+    w, a_t, own_b = OPS.merge(c, a, b, alpha, dtype)
+    assert same_bits(w, torch.addmm(c, a, b, alpha=alpha).bfloat16())
+    assert same_bits(a_t, a.t().contiguous().bfloat16()) and same_bits(own_b, b.bfloat16())
+    z, x, half, narrow = op_calls()["project_"]
+    top = OPS.project_(z, x, half, narrow)
+    assert same_bits(narrow, x.bfloat16()) and same_bits(z, narrow @ half.t())
+    assert torch.equal(top.view(torch.float32), narrow.float().abs().amax(1))
+    grad, x, z, a = op_calls()["factor_gradients"]
+    g64, x64, z64, a64 = (t.double() for t in (grad, x, z, a))
+    exact = (g64 @ a64, g64.t() @ z64, (g64 @ a64).t() @ x64, g64.sum(0))
+    *found, top = OPS.factor_gradients(grad, x, z, a)
+    for ours, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=13 * 2.0**-24 * 60)
+    assert torch.equal(top.view(torch.float32), grad.abs().amax(1))
 
 
 @pytest.mark.parametrize("name", op_calls())

@@ -119,7 +119,7 @@ class _LRTTConv(TileModule):
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None = None, spatial: bool = True) -> Tensor:
         convolve: Callable[..., Tensor] = F.conv1d if self.ndim == 1 else F.conv2d
         if not spatial:
-            return convolve(x, kernel)
+            return convolve(x, kernel, bias)
         return convolve(x, kernel, bias, self.stride, self._pads, self.dilation)
 
     def _convolve_backward(
