@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +145,7 @@ def fit(
     pl.seed_everything(3, verbose=False)
     model = Net(kind, trouble)
     options: dict[str, Any] = {"exclude": ["*"]} if config is None else {"config": config}
-    defaults = {"timeout": 60.0, "verify_every": 3}
+    defaults = {"timeout": 600.0, "verify_every": 3}
     run = pl.Trainer(
         accelerator=accelerator,
         devices=workers,
@@ -179,16 +180,22 @@ def fit(
 # -------------------------------------------------------------- processes
 
 
+_LIMIT = 150.0  # s; reached by hanging workers only, so far above what a busy machine needs
+
+
 class Failed(Exception):
     """What went wrong on the workers, by rank."""
 
-    def __init__(self, errors: dict[int, str], seconds: float) -> None:
+    def __init__(self, errors: dict[int, str]) -> None:
         super().__init__("\n".join(f"worker {r}: {e}" for r, e in sorted(errors.items())))
-        self.errors, self.seconds = errors, seconds
+        self.errors = errors
 
 
-def run(workers: int, job: Callable[..., Any], *args: Any, limit: float = 60.0, **kwargs: Any) -> list[Any]:
+def run(workers: int, job: Callable[..., Any], *args: Any, patience: float = 60.0, **kwargs: Any) -> list[Any]:
     """``job(workers, *args)`` in that many processes; their results by rank.
+
+    After a worker has failed the others have ``patience`` seconds left. By default that is far below the ``timeout`` of `fit`,
+    so an error that arrives in it did not wait for that one.
 
     Raises:
         Failed: If a worker raised or ended without a result, or time was up (every worker that is left is ended).
@@ -201,7 +208,7 @@ def run(workers: int, job: Callable[..., Any], *args: Any, limit: float = 60.0, 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    start = time.monotonic()
+    end = time.monotonic() + _LIMIT
     pipes, processes = [], []
     for rank in range(workers):
         ours, theirs = context.Pipe(duplex=False)
@@ -212,23 +219,28 @@ def run(workers: int, job: Callable[..., Any], *args: Any, limit: float = 60.0, 
         processes.append(process)
     results: dict[int, Any] = {}
     errors: dict[int, str] = {}
-    for rank, pipe in enumerate(pipes):
-        try:
-            if pipe.poll(max(start + limit - time.monotonic(), 0.0)):
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    while waiting:
+        ready = connection.wait(list(waiting), max(end - time.monotonic(), 0.0))
+        if not ready:
+            errors |= dict.fromkeys(waiting.values(), "no result in time")
+            break
+        for pipe in ready:
+            rank = waiting.pop(pipe)
+            try:
                 kind, value = pipe.recv()
-                (results if kind == "result" else errors)[rank] = value
-            else:
-                errors[rank] = f"no result within {limit} s"
-        except EOFError:
-            errors[rank] = "ended without a result"
-    seconds = time.monotonic() - start
+            except EOFError:
+                kind, value = "error", "ended without a result"
+            (results if kind == "result" else errors)[rank] = value
+            if kind == "error":
+                end = min(end, time.monotonic() + patience)
     for process in processes:
         process.join(0.0 if errors else 5.0)
         if process.is_alive():
             process.kill()
             process.join()
     if errors:
-        raise Failed(errors, seconds)
+        raise Failed(errors)
     return [results[rank] for rank in range(workers)]
 
 

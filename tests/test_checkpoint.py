@@ -353,11 +353,13 @@ def test_a_bad_file_is_named_and_refused(name: str, tmp_path: Path) -> None:
     path.write_bytes(data)
     LazyCheckpoint.open(write_gguf(tmp_path / "good.gguf", {"a": (values(32), Kind.F32)}))  # imports
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.thread_time()
     try:
         with pytest.raises(CheckpointFormatError, match=said) as caught:
             LazyCheckpoint.open(path)
-        assert time.perf_counter() - start < 1.0  # about 0.3 ms; 10 ms is measured by benchmarks/pretrained.py
+        # About 0.3 ms of this thread's own time, which other work on the machine does not lengthen; the 10 ms of a large file
+        # are measured by benchmarks/pretrained.py.
+        assert time.thread_time() - start < 1.0
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -425,7 +427,7 @@ def fuzz(folder: Path, count: int, seed: int) -> dict[str, int]:
             data = mutated(rng.choice(seeds), rng)
             path.write_bytes(data)
             tracemalloc.reset_peak()
-            before, start = tracemalloc.get_traced_memory()[0], time.perf_counter()
+            before, start = tracemalloc.get_traced_memory()[0], time.thread_time()
             try:
                 with LazyCheckpoint.open(path, verify="values") as checkpoint:
                     for tensor in checkpoint.values():
@@ -437,7 +439,7 @@ def fuzz(folder: Path, count: int, seed: int) -> dict[str, int]:
                 assert error.tensor, (seed, i)
             except ValueError as error:  # a type without decoder, e.g. Q8_1
                 assert "decode" in str(error), (seed, i, error)
-            spent, peak = time.perf_counter() - start, tracemalloc.get_traced_memory()[1] - before
+            spent, peak = time.thread_time() - start, tracemalloc.get_traced_memory()[1] - before
             assert spent < 1.0, (seed, i, spent)
             assert peak < (16 << 20) + len(data), (seed, i, peak)
     finally:
@@ -565,7 +567,7 @@ def together(count: int, work: Any) -> list[Any]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(100)
         assert not thread.is_alive()
     return found
 
@@ -584,7 +586,7 @@ def test_a_failure_reaches_all_and_a_retry_works() -> None:
     started = threading.Event()
 
     def fail() -> Any:
-        started.wait(5)
+        started.wait(100)
         raise OSError("disk")
 
     def ask(i: int) -> Any:
@@ -603,7 +605,7 @@ def test_a_failure_reaches_all_and_a_retry_works() -> None:
 def test_loads_run_side_by_side_and_reentry_raises() -> None:
     flight: SingleFlight[int] = SingleFlight()
     barrier = threading.Barrier(2)
-    assert together(2, lambda i: flight.do(i, lambda: (barrier.wait(5) and 0) or i)) == [
+    assert together(2, lambda i: flight.do(i, lambda: (barrier.wait(100) and 0) or i)) == [
         0,
         1,
     ]  # neither waits for the lock

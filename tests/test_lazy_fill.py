@@ -110,7 +110,7 @@ def test_prefetching_races_with_the_forward_pass(llama: Any) -> None:
         fill = lazily(module, path)
         thread = fill.prefetch()
         module(torch.zeros(1, 3, dtype=torch.int64))
-        thread.join(20)
+        thread.join(100)
         assert not thread.is_alive()
         assert fill._flight.counts["loads"] >= len(expected)
         assert sorted(fill.plan.report().loaded) == sorted(expected)  # each once
@@ -131,7 +131,7 @@ def test_stopping_waits_for_the_tensor_that_is_being_read(llama: Any, monkeypatc
 
     monkeypatch.setattr(fill.plan, "fill", slow)
     thread = fill.prefetch()
-    assert reading.wait(20)
+    assert reading.wait(100)
     fill.stop()
     assert not thread.is_alive()
     assert len(fill.pending) == len(expected) - 1
@@ -145,7 +145,7 @@ def test_a_failing_prefetch_is_said_and_raised_where_needed(llama: Any, caplog: 
     fill = lazily(module, path)
     os.utime(path, ns=(1, 1))
     with caplog.at_level(logging.WARNING, "lightning_lrtt"):
-        fill.prefetch().join(20)
+        fill.prefetch().join(100)
     assert "prefetching stopped" in caplog.text
     with pytest.raises(CheckpointChangedError, match="mtime was"):
         module(torch.zeros(1, 3, dtype=torch.int64))

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def alone(name: str) -> dict:
 
 def check_same(workers: int, **strategy) -> None:
     """Every model, trained by ``workers``, equals the run of one worker in parameters, metrics and schedule."""
-    results = run(workers, jobs.several, [{**model, **strategy} for model in MODELS.values()], limit=120)
+    results = run(workers, jobs.several, [{**model, **strategy} for model in MODELS.values()])
     for i, name in enumerate(MODELS):
         expected = alone(name)
         for rank, result in enumerate(r[i] for r in results):
@@ -108,7 +109,7 @@ def test_T2_restarts_with_other_numbers_of_workers(name, tmp_path):
     """1 -> 3 -> 2 -> 12 over restarts, two of them in the middle of an epoch of four steps, equals 1."""
     last, keep = None, jobs.keep_all(tmp_path)
     for workers, steps in ((1, 3), (3, 4), (2, 6), (12, 8)):
-        results = run(workers, jobs.fit, **MODELS[name], resume=last, trainer={**keep, "max_steps": steps}, limit=90)
+        results = run(workers, jobs.fit, **MODELS[name], resume=last, trainer={**keep, "max_steps": steps})
         assert results[0]["step"] == steps
         last = str(tmp_path / "last.ckpt")
     assert {r["digest"] for r in results} == {alone(name)["digest"]}
@@ -139,7 +140,7 @@ def test_T3_clip_acts_alike():
 def test_T3_raise_names_step_and_segment(workers):
     """All workers stop with the same message before the parameters change."""
     with pytest.raises(Failed) as failed:
-        run(workers, jobs.fit, bad=17, limit=30)
+        run(workers, jobs.fit, bad=17)
     assert len(failed.value.errors) == workers
     assert len({e for e in failed.value.errors.values()}) == 1
     assert "NonFiniteSegmentError" in failed.value.errors[0]
@@ -186,35 +187,47 @@ def test_T5_thread_sanitizer(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def within(limit: float, seconds: Callable[[], float]) -> bool:
+    """One of five measurements is below ``limit``: other work on the machine makes them longer, never shorter."""
+    return any(seconds() < limit for _ in range(5))
+
+
 @pytest.mark.parametrize("exchange", ["shared_memory", "collectives"])
 def test_T6_an_exception_ends_all_workers_soon(exchange):
-    """A worker that raises: the others hear of it at once, and teardown takes less than 2 s."""
-    with pytest.raises(Failed) as failed:
-        run(3, jobs.fit, trouble=jobs.raises, exchange=exchange, limit=30)
-    assert "ValueError: on purpose" in failed.value.errors[1]
-    for rank in (0, 2):
-        assert "WorkerLostError" in failed.value.errors[rank]
-    end = float(failed.value.errors[1].rpartition(" ")[2])
-    assert time.monotonic() - end < 4.0  # time from the exception to the end of all processes
+    """A worker that raises: the others hear of it at once, and all processes have ended within 2 s."""
+
+    def seconds() -> float:
+        with pytest.raises(Failed) as failed:
+            run(3, jobs.fit, trouble=jobs.raises, exchange=exchange)
+        assert "ValueError: on purpose" in failed.value.errors[1]
+        for rank in (0, 2):
+            assert "WorkerLostError" in failed.value.errors[rank]
+        return time.monotonic() - float(failed.value.errors[1].rpartition(" ")[2])
+
+    assert within(2.0, seconds)
 
 
 def test_T6_teardown_is_quick_and_leaves_nothing():
     """After a fit: under 2 s, no file in /dev/shm, settings of the process as before."""
-    for result in run(2, jobs.fit_and_look):
-        assert result["teardown"] < 2.0
-        assert result["threads"] == result["threads_before"] == 2
-        assert not result["files"]
+
+    def seconds() -> float:
+        results = run(2, jobs.fit_and_look)
+        for result in results:
+            assert result["threads"] == result["threads_before"] == 2
+            assert not result["files"]
+        return max(result["teardown"] for result in results)
+
+    assert within(2.0, seconds)
 
 
 @pytest.mark.parametrize("exchange", ["shared_memory", "collectives"])
 def test_T7_a_killed_worker_stops_the_others_and_the_run_resumes(exchange, tmp_path):
     """kill -9 of a worker: an error that says so, no hang; going on from the last checkpoint equals the run of one."""
     with pytest.raises(Failed) as failed:
-        run(3, jobs.fit, "mlp", PULSED, trouble=jobs.dies, exchange=exchange, limit=40, trainer=jobs.keep_all(tmp_path))
+        run(3, jobs.fit, "mlp", PULSED, trouble=jobs.dies, exchange=exchange, trainer=jobs.keep_all(tmp_path))
     assert failed.value.errors[1] == "ended without a result"
     for rank in (0, 2):
         assert "WorkerLostError" in failed.value.errors[rank]
-    assert failed.value.seconds < 30
     last = str(tmp_path / "last.ckpt")
     assert os.path.exists(last)
     assert {r["digest"] for r in run(2, jobs.fit, "mlp", PULSED, resume=last)} == {alone("lrtt-pulsed")["digest"]}
@@ -224,8 +237,8 @@ def test_T7_a_killed_worker_stops_the_others_and_the_run_resumes(exchange, tmp_p
 def test_T7_a_hanging_worker_is_given_up(exchange):
     """A worker that sleeps: the others stop after ``timeout`` and say what to do."""
     with pytest.raises(Failed) as failed:
-        run(2, jobs.fit, trouble=jobs.sleeps, exchange=exchange, timeout=3.0, limit=8)
-    assert "timeout = 3 s" in failed.value.errors[0] and "raise strategy.timeout" in failed.value.errors[0]
+        run(2, jobs.fit, trouble=jobs.sleeps, exchange=exchange, timeout=6.0, patience=0.5)
+    assert "timeout = 6 s" in failed.value.errors[0] and "raise strategy.timeout" in failed.value.errors[0]
     if exchange == "shared_memory":
         assert "worker 1 did not come" in failed.value.errors[0]
 
@@ -240,7 +253,7 @@ def test_T8_other_numbers_than_the_checkpoint_are_refused(tmp_path):
         ({"batch": 48}, "batch_size must be the checkpoint's, 24, got 48"),
     ):
         with pytest.raises(Failed, match=message):
-            run(1, jobs.fit, resume=path, limit=30, **wrong)
+            run(1, jobs.fit, resume=path, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +267,7 @@ def test_T8_other_numbers_than_the_checkpoint_are_refused(tmp_path):
 def test_T8_workers_that_differ_are_refused(trouble, message):
     """Before the first step, on every worker."""
     with pytest.raises(Failed) as failed:
-        run(2, jobs.fit_differently, trouble, limit=30)
+        run(2, jobs.fit_differently, trouble)
     assert len(failed.value.errors) == 2
     for error in failed.value.errors.values():
         assert message in error
@@ -272,13 +285,13 @@ def test_T8_workers_that_differ_are_refused(trouble, message):
 def test_T8_self_test_and_hashes_find_what_settings_do_not_show(trouble, message):
     """Another result for the same segment, a replica that is changed on one worker, and a model that keeps state."""
     with pytest.raises(Failed, match=message):
-        run(2, jobs.fit, trouble=trouble, limit=30)
+        run(2, jobs.fit, trouble=trouble)
 
 
 def on_gpus(workers: int) -> list[list[str]]:
     """Digests of every model by rank: one group of processes trains all of them, as starting CUDA takes seconds."""
     models = [{**model, "accelerator": "gpu"} for model in MODELS.values()]
-    return [[r["digest"] for r in own] for own in run(workers, jobs.several, models, limit=100)]
+    return [[r["digest"] for r in own] for own in run(workers, jobs.several, models)]
 
 
 @pytest.mark.gpu

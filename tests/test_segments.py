@@ -233,16 +233,16 @@ def test_barrier_meets_times_out_and_fails():
     at = memory.data_ptr()
     _C.barrier_init(at, 2)
     seen = []
-    other = threading.Thread(target=lambda: seen.append(_C.barrier_wait(at, _C.barrier_arrive(at, 1), 5000)))
+    other = threading.Thread(target=lambda: seen.append(_C.barrier_wait(at, _C.barrier_arrive(at, 1), 100_000)))
     other.start()
-    assert _C.barrier_wait(at, _C.barrier_arrive(at, 0), 5000) == 0
+    assert _C.barrier_wait(at, _C.barrier_arrive(at, 0), 100_000) == 0
     other.join()
     assert seen == [0]
     meeting = _C.barrier_arrive(at, 0)
     assert _C.barrier_wait(at, meeting, 50) == 1
     assert _C.barrier_missing(at, meeting) == [1]
     _C.barrier_fail(at, 1)
-    assert _C.barrier_wait(at, meeting, 5000) == 2
+    assert _C.barrier_wait(at, meeting, 100_000) == 2
     assert _C.barrier_failed(at) == 1
 
 
