@@ -361,6 +361,24 @@ def fit_pretrained(workers: int, path: str, mode: str, config: LRTTConfig, troub
     return found | {"loads": loads, "sent": len(sent)}
 
 
+def fit_under_torchrun(workers: int, port: int, attempt: int) -> str:
+    """The digest of a fit in the environment that torchrun gives to its ``attempt``; worker 0 comes to the store first."""
+    rank = os.environ["LOCAL_RANK"]
+    os.environ.update(
+        RANK=rank,
+        WORLD_SIZE=str(workers),
+        LOCAL_WORLD_SIZE=str(workers),
+        GROUP_RANK="0",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="none",
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT=str(attempt),
+    )
+    if rank == "1":
+        time.sleep(3)
+    return fit(workers, "mlp", DIGITAL, epochs=1)["digest"]
+
+
 class OtherNet(Net):
     """The same network from other source code."""
 

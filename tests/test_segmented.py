@@ -308,49 +308,11 @@ def test_T9_one_digest_on_gpus(workers):
         assert dict(zip(MODELS, own, strict=True)) == dict(zip(MODELS, _one_gpu, strict=True)), f"worker {rank}"
 
 
-RESTARTED = """
-import os, sys, time
-import segment_jobs as jobs
-if os.environ["RANK"] == "1":
-    time.sleep(3)
-print(jobs.fit(2, "mlp", jobs.DIGITAL, epochs=1)["digest"])
-"""
-
-
-def test_a_restarted_group_does_not_read_the_addresses_of_the_dead(tmp_path):
+def test_a_restarted_group_does_not_read_the_addresses_of_the_dead():
     """Regression: a second attempt over torchrun's store met the first one's addresses there, and its workers never met."""
-    (tmp_path / "fit.py").write_text(RESTARTED)
     server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    digests = []
-    for attempt in (0, 1):
-        workers = []
-        for rank in (0, 1):
-            environment = clean_environment(
-                PYTHONPATH=str(Path(jobs.__file__).parent),
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE="2",
-                LOCAL_WORLD_SIZE="2",
-                GROUP_RANK="0",
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=str(server.port),
-                GLOO_SOCKET_IFNAME="lo",
-                TORCHELASTIC_RUN_ID="none",
-                TORCHELASTIC_USE_AGENT_STORE="True",
-                TORCHELASTIC_RESTART_COUNT=str(attempt),
-            )
-            command = [sys.executable, str(tmp_path / "fit.py")]
-            workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-        try:
-            for worker in workers:
-                out, err = worker.communicate(timeout=120)
-                assert worker.returncode == 0, err.decode()[-3000:]
-                digests.append(out.decode().strip())
-        finally:
-            for worker in workers:
-                worker.kill()
-    assert len(digests) == 4
-    assert len(set(digests)) == 1
+    digests = [run(2, jobs.fit_under_torchrun, server.port, attempt) for attempt in (0, 1)]
+    assert len({digest for attempt in digests for digest in attempt}) == 1
 
 
 @pytest.mark.slow
