@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
 
 from lightning_lrtt import LRTT
 from lightning_lrtt.graphs import DeviceForm
-from lightning_lrtt.graphs.finder import read_argument
+from lightning_lrtt.graphs.finder import of_the_user, read_argument
 from lightning_lrtt.strategies.seams import ExecutorSeams
 
 # Hooks that run inside a step: in a graph their Python would run once, at the capture, and never again.
@@ -23,6 +26,30 @@ def silent_hooks(trainer: pl.Trainer, module: pl.LightningModule) -> list[str]:
     found = [f"{type(module).__name__}.{hook}" for hook in _IN_STEP if is_overridden(hook, module)]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
         found += [f"{type(callback).__name__}.{hook}" for hook in _IN_STEP if is_overridden(hook, callback)]
+    return found
+
+
+def most_accumulated(trainer: pl.Trainer) -> int:
+    """Micro-batches of the longest window of the run; `GradientAccumulationScheduler` may make later ones longer."""
+    longest = trainer.accumulate_grad_batches
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+        if isinstance(callback, GradientAccumulationScheduler):
+            longest = max(longest, *callback.scheduling.values())
+    return max(longest, 1)
+
+
+def hooks_of_the_user(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Hooks registered on modules and parameters, from outside the libraries, that would go silent, by place."""
+    found = []
+    for name, module in modules.items():
+        for kind in ("forward_pre", "forward", "backward_pre", "backward"):
+            hooks = getattr(module, f"_{kind}_hooks", None) or {}
+            found += [f"a {kind} hook of {name or 'the module'}" for hook in hooks.values() if of_the_user(hook)]
+        for own, p in module._parameters.items():
+            hooks = (getattr(p, "_backward_hooks", None) or {}) | (
+                getattr(p, "_post_accumulate_grad_hooks", None) or {}
+            )
+            found += [f"a gradient hook of {name}.{own}" for hook in hooks.values() if of_the_user(hook)]
     return found
 
 
@@ -44,10 +71,11 @@ def step_reasons(trainer: pl.Trainer, module: pl.LightningModule, device: torch.
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         reasons.append("training_step(dataloader_iter) fetches its own batches")
     if is_overridden("training_step", module) and (name := read_argument(module.training_step, 1)):
-        reasons.append(f"training_step reads {name}, a Python number that a graph would repeat for ever")
+        holds = f"{name}, which holds batch_idx" if name.startswith("*") else name
+        reasons.append(f"training_step reads {holds}, a Python number that a graph would repeat for ever")
     if trainer.world_size > 1:
         reasons.append(f"{trainer.world_size} workers: their communication is not recorded")
-    if trainer.accumulate_grad_batches > 1 and is_overridden("optimizer_step", module):
+    if most_accumulated(trainer) > 1 and is_overridden("optimizer_step", module):
         reasons.append(
             "optimizer_step is overridden, and under accumulate_grad_batches it would be called for every micro-batch"
         )

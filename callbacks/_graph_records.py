@@ -11,6 +11,7 @@ from lightning_lrtt.callbacks._graph_tape import Tape
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_lrtt.graphs import FrozenValues, StaticBatch
 from lightning_lrtt.nn.latch import Latch
 
 
@@ -50,6 +51,15 @@ class Placed:
     key: Hashable
     words: str
     refused: str = ""
+    static: StaticBatch | None = None  # where it lies, if a graph may read it there
+
+
+@dataclass
+class Kept:
+    """What belongs to a recording: the buffers that it reads, and the Python values that it froze."""
+
+    static: StaticBatch | None
+    frozen: FrozenValues
 
 
 @dataclass

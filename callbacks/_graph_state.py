@@ -10,7 +10,7 @@ import torch
 from lightning_lrtt.callbacks._graph_records import held_by
 from torch import Tensor, nn
 
-from lightning_lrtt.graphs import HostState
+from lightning_lrtt.graphs import HostState, tensor_slots
 from lightning_lrtt.nn import find_tiles
 
 IGNORED = frozenset({"_current_fx_name", "training"})
@@ -37,6 +37,7 @@ class StepState:
         self._tiles = list(find_tiles(module).values())
         # Looked up anew at every step, since a buffer may be replaced; not in modules that own nothing.
         self._owned = [d for m in self._watched.values() for d in (m._parameters, m._buffers) if d]
+        self._plain = tensor_slots(self._watched)
 
     def position(self, index: int | None = None) -> int:
         """Place of a batch, the present one by default, in its window of accumulated micro-batches."""
@@ -53,7 +54,8 @@ class StepState:
 
     def all(self) -> list[Tensor]:
         """Every tensor that the step may change."""
-        held = [*self.tensors(), *self.of_optimizer()]
+        plain = [value for holder, key in self._plain if isinstance(value := holder.get(key), Tensor)]
+        held = [*self.tensors(), *plain, *self.of_optimizer()]
         if self.position():  # later micro-batches add to gradients in place
             held += [p.grad for p in self._module.parameters() if p.grad is not None]
         return held

@@ -12,8 +12,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.core.module import LightningModule
 from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from lightning.pytorch.trainer.trainer import Trainer
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_lrtt.callbacks._graph_records import Events, Options, Outputs, Placed
+from lightning_lrtt.callbacks._graph_inputs import StepInputs
+from lightning_lrtt.callbacks._graph_policy import hooks_of_the_user, most_accumulated
+from lightning_lrtt.callbacks._graph_records import Events, Kept, Options, Outputs, Placed
 from lightning_lrtt.callbacks._graph_state import IGNORED, StepState
 from lightning_lrtt.callbacks._graph_tape import Tape, detached, free, metric_names, plain, watched
 from torch import Tensor
@@ -23,18 +24,15 @@ from lightning_lrtt.graphs import (
     DeviceForm,
     Entry,
     Finder,
+    FrozenValues,
     GraphCache,
     GraphCaptureError,
     HostState,
     PhaseTimer,
     Recorder,
     StateCopy,
-    StaticBatch,
-    Unsupported,
-    describe,
     max_difference,
 )
-from lightning_lrtt.graphs.batches import shapes
 
 # Python numbers that Lightning hands out and that change from step to step.
 _FROZEN = {
@@ -74,8 +72,8 @@ class StepGraphs:
         self._device = trainer.strategy.root_device
         self._optimizer = trainer.optimizers[0]
         self._lrtt = self._optimizer if isinstance(self._optimizer, LRTT) else None
-        self._cache = GraphCache(options.max_graphs * max(trainer.accumulate_grad_batches, 1))
-        self._batches: dict[Hashable, StaticBatch] = {}
+        self._cache = GraphCache(options.max_graphs * most_accumulated(trainer))
+        self._inputs = StepInputs(trainer, module, self._device, 4 * self._cache.size, events.because)
         self._placed: Placed | None = None
         self._chain: tuple[Hashable, ...] | None = None  # keys of this window's micro-batches so far, all from graphs
         metrics = metric_names(module)
@@ -86,19 +84,16 @@ class StepGraphs:
         }
         digital = self._lrtt.digital if self._lrtt is not None else self._optimizer
         self._hook = digital.register_load_state_dict_post_hook(lambda _: self.clear())
-        self._stock_transfer = not any(
-            is_overridden(hook, owner)
-            for owner in (module, trainer.datamodule)  # type: ignore[attr-defined]  # set by a connector
-            if owner is not None
-            for hook in ("transfer_batch_to_device", "on_after_batch_transfer")
-        )
         self._modules = list(self._watched.values())
         self._state = StepState(trainer, module, self._optimizer, self._watched)
         self._now: tuple[int, Any] = (0, None)
         self._circumstances_seen: list[tuple[int, Any]] = []
         self._hyper: Hashable = None
         self._hyper_changes = 0
-        self._warmed = self._left = False
+        self._names: set[str] | None = set() if options.find_syncs else None  # what steps may read; None: anything
+        self._changes, self._changed_at = 0, 0
+        self._asked_in_a_row = 0
+        self._warmed = self._left = self._told_full = False
 
     # -------------------------------------------------------------- inputs
 
@@ -107,28 +102,13 @@ class StepGraphs:
         if self._timer is not None:
             self._timer.begin("transfer")
         try:
-            return self._place(batch, transfer)
+            position = self._state.position(self._trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+            eager = None if self._recorder is None else self._needed()
+            batch, self._placed = self._inputs.place(batch, transfer, position, eager)
+            return batch
         finally:
             if self._timer is not None:
                 self._timer.end()
-
-    def _place(self, batch: Any, transfer: Callable[[Any], Any]) -> Any:
-        if not self._stock_transfer:
-            batch = transfer(batch)
-        try:
-            key, leaves, spec = describe(batch)
-        except Unsupported as why:
-            self._placed = Placed(None, "", str(why))
-            return transfer(batch) if self._stock_transfer else batch
-        position = self._state.position(self._trainer.fit_loop.epoch_loop.batch_progress.current.ready)
-        key = (position, key)  # operands of a window's micro-batches must all live until its update
-        self._placed = Placed(key, shapes(leaves))
-        if key not in self._batches:
-            if len(self._batches) >= 4 * self._cache.size:
-                self._placed.refused = f"shape cache full ({self._options.max_graphs}), got {shapes(leaves)}"
-                return transfer(batch) if self._stock_transfer else batch
-            self._batches[key] = StaticBatch(leaves, spec, self._device)
-        return self._batches[key].fill(leaves)
 
     # -------------------------------------------------------------- a step
 
@@ -152,15 +132,17 @@ class StepGraphs:
         self._chain = None
         placed, self._placed = self._placed, None
         assert placed is not None
-        refused = placed.refused or self._reason_now(closure)
-        if refused or chain is None:
-            if refused and refused != _WATCHED:
-                self._events.because(refused)
+        if placed.refused:
+            self._refuse(placed.refused)
+        if placed.refused or chain is None or self._eager_now(closure):
             return self._eager(run)
         key = (*chain, (placed.key, update, self._circumstances()))
+        entry = self._cache.entry(key)
+        if entry.extra is not None and self._stale(entry.extra, placed):
+            self._cache.drop(key)
+            entry = self._cache.entry(key)
         if self._left:
             return self._eager(run)
-        entry = self._cache.entry(key)
         if entry.recording is not None:
             self._replay(entry, closure, run)
         elif entry.refused:
@@ -171,11 +153,17 @@ class StepGraphs:
                 return self._eager_watched(run)
             return self._eager(run)
         elif self._recorder is None:
+            entry.extra = entry.extra or self._kept(placed)
             return self._eager(run)
-        elif not self._cache.room(key):
-            self._events.because(f"shape cache full ({self._options.max_graphs}), got {placed.words}")
+        elif placed.static is None or not self._cache.room(key):
+            if not self._told_full:
+                self._told_full = True
+                self._refuse(
+                    f"shape cache full ({self._options.max_graphs}), got {placed.words}; this and other new shapes stay "
+                    "eager: pad batches to fewer shapes, or raise max_graphs"
+                )
             return self._eager(run)
-        elif not self._record(entry, closure, run):
+        elif not self._record(entry, placed, closure, run):
             return closure._result.loss if closure._result is not None else None
         self._chain = key if not update else None
         return closure._result.loss
@@ -184,15 +172,48 @@ class StepGraphs:
         """Eager steps before a capture: later shapes need one only, the libraries are warm."""
         return 1 if self._warmed else self._options.warmup
 
-    def _reason_now(self, closure: Any) -> str:
-        """Why this step has to be eager, whatever its shape."""
+    def _refuse(self, reason: str) -> None:
+        """Say why a step is eager that was to be a graph, or raise it."""
+        self._events.because(reason)
+        if self._options.on_failure == "raise":
+            raise GraphCaptureError(f"CUDAGraph: {reason}; or use on_failure='eager'")
+
+    def _eager_now(self, closure: Any) -> bool:
+        """Whether this step has to be eager, whatever its shape."""
         if closure._backward_fn is None:
-            return "a step without backward (an averaging callback refreshes batch statistics)"
+            self._events.because("a step without backward (an averaging callback refreshes batch statistics)")
+            return True
         for callback in self._trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
             wants = getattr(callback, "wants_eager_step", None)
             if wants is not None and wants():
-                return _WATCHED
-        return ""
+                self._asked_in_a_row += 1
+                if self._asked_in_a_row == _ALWAYS:
+                    self._events.because(
+                        f"{type(callback).__name__} has asked for an eager step {_ALWAYS} times in a row; let it look at fewer "
+                        "steps (every_n_steps, the Trainer's log_every_n_steps), or end its trace"
+                    )
+                return True
+        self._asked_in_a_row = 0
+        return False
+
+    def _kept(self, placed: Placed) -> Kept:
+        return Kept(placed.static, FrozenValues(self._watched, self._names, IGNORED))
+
+    def _stale(self, kept: Kept, placed: Placed) -> bool:
+        """Whether a recording reads other buffers than the batch's, or holds Python values that are others now."""
+        changed = kept.frozen.changed()
+        if changed:
+            # A graph every few steps: the value changes, a step is eager, one is captured, the value changes.
+            near = self._cache.step - self._changed_at <= 4 * max(self._trainer.accumulate_grad_batches, 1)
+            self._changes, self._changed_at = self._changes + 1 if near else 1, self._cache.step
+            if self._changes == 3:
+                self._leave(
+                    [
+                        f"{', '.join(changed)} changes from step to step, and a graph freezes Python values: "
+                        "hold it in a tensor that is filled in place in on_train_batch_start"
+                    ]
+                )
+        return bool(changed) or kept.static is not placed.static
 
     def _circumstances(self) -> int:
         """A number for what a recording freezes besides its inputs: addresses, modes, hyperparameters."""
@@ -212,6 +233,8 @@ class StepGraphs:
         tensors = self._state.tensors()
         now = (
             self._trainer.accumulate_grad_batches,
+            self._trainer.gradient_clip_val,
+            self._trainer.gradient_clip_algorithm,
             hyper,
             [t.data_ptr() for t in tensors],
             [t.requires_grad for t in tensors],
@@ -244,8 +267,14 @@ class StepGraphs:
 
     def _eager_watched(self, run: Callable[[], Any]) -> Any:
         """The last eager step before a capture: an ordinary step, looked at by the finder."""
-        if not self._options.find_syncs:
-            self._warmed = True
+        self._warmed = True
+        hooks = [
+            f"{hook} would run at the capture and then go silent; do it in forward, or in on_train_batch_end"
+            for hook in hooks_of_the_user(self._watched)
+        ]
+        if hooks:
+            self._leave(hooks)
+        if hooks or not self._options.find_syncs:
             return self._eager(run)
         finder = Finder(self._device, _FROZEN)
         state = HostState(self._watched, IGNORED)
@@ -257,12 +286,13 @@ class StepGraphs:
         result = self._eager(look)
         reasons = [str(finding) for finding in finder.findings]
         reasons += [
-            f"{name} changes in the step: change it in place if it is a tensor, or in on_train_batch_start"
+            f"{name} changes in the step: change it in place if it is a tensor, or in on_train_batch_start or _end"
             for name in state.changes()
         ]
         if reasons:
             self._leave(reasons)
-        self._warmed = True
+        names = finder.names
+        self._names = None if self._names is None or names is None else self._names | names
         return result
 
     def _leave(self, reasons: list[str]) -> None:
@@ -293,9 +323,10 @@ class StepGraphs:
             closure._zero_grad_fn is not None,
         )
 
-    def _record(self, entry: Entry, closure: Any, run: Callable[[], Any]) -> bool:
+    def _record(self, entry: Entry, placed: Placed, closure: Any, run: Callable[[], Any]) -> bool:
         """Capture the step; True if it ran as a graph, False if it had to be run eagerly."""
         assert self._recorder is not None
+        entry.extra = self._kept(placed)
         undo = self._state.preserve()
         eager = None
         states = self._state.of_optimizer()
@@ -394,7 +425,7 @@ class StepGraphs:
     def close(self) -> None:
         """Let go of everything."""
         self.clear()
-        self._batches.clear()
+        self._inputs.clear()
         self._hook.remove()
         if self._form is not None:
             self._form.release()
@@ -407,4 +438,4 @@ def _in_words(error: Exception) -> str:
     return words
 
 
-_WATCHED = "watched"
+_ALWAYS = 20  # steps in a row that a callback wants eager before it is named

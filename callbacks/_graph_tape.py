@@ -94,6 +94,8 @@ class Tape:
         """Make every call, with what the static tensors hold now."""
         for entry in self.entries:
             args, kwargs = entry.args, entry.kwargs
+            if entry.hook is None:  # a metric may keep its arguments, which the next replay rewrites
+                args, kwargs = free((args, kwargs))
             if entry.waits:
                 args, kwargs = pytree.tree_map(_value, (args, kwargs))
             previous = self.module._current_fx_name
@@ -109,10 +111,10 @@ class Tape:
     # -------------------------------------------------------------- writing
 
     def _write_log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if why := _frozen(f"self.log({name!r})", value, self.module.device):
+            raise TypeError(f"{why}, which a graph would repeat for ever")
         if isinstance(value, Tensor):
             value = value.detach().clone()
-        elif isinstance(value, numbers.Number):
-            raise TypeError(f"self.log({name!r}) is given a Python number, which a graph would repeat for ever")
         self.entries.append(
             Entry(
                 self.module.__class__.log.__get__(self.module),
@@ -130,11 +132,22 @@ class Tape:
             self.module.__class__.log_dict(self.module, dictionary, *args, **kwargs)  # calls self.log for each
 
     def _write_metric(self, name: str, method: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        for value in pytree.tree_leaves((args, kwargs)):
+            if why := _frozen(f"{name}.{method}", value, self.module.device):
+                raise TypeError(f"{why}, which a graph would repeat for ever: give it a tensor on {self.module.device}")
         args, kwargs = pytree.tree_map(lambda v: v.detach() if isinstance(v, Tensor) else v, (args, kwargs))
         self._versions += [(t, t._version, name) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         result = Deferred(name) if method in ("forward", "compute") else None
         self.entries.append(Entry(original, args, kwargs, None, result))
         return result
+
+
+def _frozen(call: str, value: Any, device: torch.device) -> str:
+    """What is wrong with an argument that no replay would renew; flags aside, which do not change."""
+    if isinstance(value, Tensor):
+        return f"{call} is given a tensor on {value.device}" if value.device != device else ""
+    is_number = isinstance(value, numbers.Number) and not isinstance(value, bool)
+    return f"{call} is given a Python number" if is_number else ""
 
 
 def _value(leaf: Any) -> Any:
@@ -146,8 +159,8 @@ def watched(module: pl.LightningModule, finder: Finder) -> Iterator[None]:
     """Within, logging and metrics work as ever but are no findings of ``finder``, except for logged Python numbers."""
 
     def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(value, numbers.Number) and not isinstance(value, Tensor):
-            finder.add("frozen", f"self.log({name!r}) is given a Python number")
+        if why := _frozen(f"self.log({name!r})", value, module.device):
+            finder.add("frozen", why)
         with finder.pause():
             module.__class__.log(module, name, value, *args, **kwargs)
 
@@ -155,6 +168,9 @@ def watched(module: pl.LightningModule, finder: Finder) -> Iterator[None]:
         module.__class__.log_dict(module, dictionary, *args, **kwargs)  # calls log for each
 
     def metric(name: str, method: str, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        for value in pytree.tree_leaves((args, kwargs)):
+            if why := _frozen(f"{name}.{method}", value, module.device):
+                finder.add("frozen", why)
         with finder.pause():
             return original(*args, **kwargs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,6 +18,7 @@ from typing_extensions import override
 
 from lightning_lrtt import LRTT, _check
 from lightning_lrtt.graphs import CudaRecorder, DeviceForm, PhaseTimer, Recorder, TileGraphs
+from lightning_lrtt.nn.tile import TileModule
 from lightning_lrtt.strategies.seams import ExecutorSeams
 from lightning_lrtt.strategies.tiles import TileStrategy
 
@@ -37,17 +39,18 @@ class CUDAGraph(Callback):
 
     Logged to all loggers: ``graph/captures``, ``graph/replays``, ``graph/eager_steps`` (so far), ``graph/pool_MiB``,
     ``graph/capture_ms`` (the last capture), ``graph/parity_max_abs``, with ``timing`` ``graph/transfer_ms`` and
-    ``graph/step_ms``.
+    ``graph/step_ms``, in scope ``optimizer`` ``graph/update_ms``.
 
     Args:
         scope: ``step`` records whole steps where possible; ``optimizer`` the update of the tiles only.
         warmup: Eager steps before the first capture, at least 1; later shapes take one.
         max_graphs: Shapes with a graph at the same time, at least 1. A shape beyond them runs eagerly, unless a graph
             has rested for 100 steps and makes room.
-        on_failure: ``eager`` goes on without a graph; ``raise`` raises where a step cannot be recorded.
+        on_failure: ``eager`` goes on without a graph; ``raise`` raises where a step cannot be recorded, a shape beyond
+            ``max_graphs`` included.
         parity_steps: So many steps of every graph are also taken eagerly, from the same state, and the largest
             difference of any parameter, buffer, optimizer state and logged value is logged. A graph that differs at all
-            is given up (kernels with unordered atomic additions differ from themselves).
+            is given up (kernels with unordered atomic additions differ from themselves). For scope ``step``.
         timing: Log device times of the phases, by events that are read when the device has passed them.
         find_syncs: Look for host synchronisations and frozen host values in the last eager step before a capture.
         every_n_steps: Optimizer steps between logs; None: the Trainer's ``log_every_n_steps``.
@@ -56,6 +59,7 @@ class CUDAGraph(Callback):
         ValueError: If an argument is out of range.
         MisconfigurationException: At setup, with a strategy that is not ours; with ``on_failure='raise'`` if whole
             steps cannot be recorded: at the start of training, or after the eager steps, when the finder has looked.
+        GraphCaptureError: With ``on_failure='raise'``, in a step that cannot be recorded.
 
     Example:
         >>> CUDAGraph(parity_steps=2).state_key
@@ -81,6 +85,11 @@ class CUDAGraph(Callback):
         _check.integer(name, "parity_steps", parity_steps, low=0)
         if every_n_steps is not None:
             _check.integer(name, "every_n_steps", every_n_steps, low=1)
+        for flag, value in (("timing", timing), ("find_syncs", find_syncs)):
+            if not isinstance(value, bool):
+                raise _check.fail(name, flag, "True or False", value)
+        if scope == "optimizer" and parity_steps:
+            raise _check.fail(name, "parity_steps", "0 with scope='optimizer'", parity_steps, "it compares whole steps")
         self.scope, self.timing, self.every_n_steps = scope, timing, every_n_steps
         self._options = Options(warmup, max_graphs, on_failure, parity_steps, find_syncs)
         self._events = Events()
@@ -240,40 +249,52 @@ class CUDAGraph(Callback):
         if self._recorder is None:
             return
         if not isinstance(trainer.strategy, ExecutorSeams):
-            self._events.because(
-                f"{type(trainer.strategy).__name__} reduces over workers inside a step; every step is eager"
-            )
+            self._nothing(f"{type(trainer.strategy).__name__} reduces over workers inside a step; every step is eager")
             return
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, LRTT) and optimizer.tiles():
-                graphs = TileGraphs(
-                    self._recorder,
-                    self._options.warmup,
-                    self._options.max_graphs,
-                    self._watched,
-                    self._on_tiles,
-                    self._options.on_failure,
-                )
-                optimizer.runner = graphs
-                self._tiles.append((optimizer, graphs))
-        if self._tiles:
-            log.info("CUDAGraph: the update of the tiles is recorded (scope 'optimizer')")
-        else:
-            self._events.because("there are no tiles whose update could be recorded; every step is eager")
+                self._record_tiles(optimizer, self._recorder)
+        if not self._tiles:
+            self._nothing("there are no tiles whose update could be recorded; every step is eager")
+            return
+        log.info("CUDAGraph: the update of the tiles is recorded (scope 'optimizer')")
+        if self._options.parity_steps:
+            self._events.because("parity_steps compares whole steps, and none is recorded; nothing is compared")
+
+    def _nothing(self, reason: str) -> None:
+        self._events.because(reason)
+        if self._options.on_failure == "raise":
+            raise MisconfigurationException(f"CUDAGraph: {reason}; leave the callback out, or use on_failure='eager'")
+
+    def _record_tiles(self, optimizer: LRTT, recorder: Recorder) -> None:
+        def report(event: str, reason: str) -> None:
+            events = self._events
+            if event == "refused":
+                events.because(reason)
+            if event == "capture":
+                events.capture_ms = graphs.capture_ms
+            events.captures += event == "capture"
+            events.replays += event == "replay"
+            events.eager_steps += event in ("eager", "refused")
+
+        def timed(tiles: list[TileModule], issue: Callable[[], None]) -> None:
+            assert self._timer is not None
+            self._timer.begin("update")
+            try:
+                graphs(tiles, issue)
+            finally:
+                self._timer.end()
+
+        options = self._options
+        graphs = TileGraphs(recorder, options.warmup, options.max_graphs, self._watched, report, options.on_failure)
+        optimizer.runner = graphs if self._timer is None else timed
+        self._tiles.append((optimizer, graphs))
 
     def _watched(self) -> bool:
         callbacks = [] if self._trainer is None else self._trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
         return any(c.wants_eager_step() for c in callbacks if hasattr(c, "wants_eager_step"))
 
     # -------------------------------------------------------------- reports
-
-    def _on_tiles(self, event: str, reason: str) -> None:
-        events = self._events
-        if event == "refused":
-            events.because(reason)
-        events.captures += event == "capture"
-        events.replays += event == "replay"
-        events.eager_steps += event in ("eager", "refused")
 
     def _say(self, reason: str) -> None:
         log.warning("CUDAGraph: %s", reason)
@@ -286,6 +307,8 @@ class CUDAGraph(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._steps is None and not self._tiles:  # nobody else counts
+            self._events.eager_steps += 1
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by a connector
         if every and not trainer.fit_loop._should_accumulate() and (self._now(trainer) + 1) % every == 0:
             self._write(trainer)

@@ -44,6 +44,9 @@ class MemoryCleanup(Callback):
     no reason by itself: as long as the device has room, the cache is good where it is. It is done between steps, never
     within a CUDA graph's capture, and takes nothing from the graphs' own pool while they live.
 
+    A cleanup that frees less than half of what was unused (graphs keep their pool, tensors the blocks around them) is waited
+    for twice as long before the next, and so on; one that frees more ends that.
+
     Logged to all loggers when it happened: ``memory/freed_MiB`` and ``memory/cleanups`` (so far).
 
     Args:
@@ -68,7 +71,7 @@ class MemoryCleanup(Callback):
         _check.integer(name, "every_n_steps", every_n_steps, low=1)
         self.threshold, self.min_unused, self.every_n_steps = threshold, min_unused, every_n_steps
         self.cleanups = 0
-        self._looked = 0
+        self._looked, self._every = 0, every_n_steps
 
     @cached_property  # Lightning asks for it at every hook
     @override
@@ -86,7 +89,7 @@ class MemoryCleanup(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = _stepped(trainer)
-        if step + 1 - self._looked < self.every_n_steps or trainer.fit_loop._should_accumulate():
+        if step + 1 - self._looked < self._every or trainer.fit_loop._should_accumulate():
             return
         self._looked = step + 1
         device = trainer.strategy.root_device
@@ -97,6 +100,8 @@ class MemoryCleanup(Callback):
         after = self.measure(device)
         freed = 0.0 if after is None else (before.reserved - after.reserved) / 2**20
         self.cleanups += 1
+        useless = 2**20 * freed < (before.reserved - before.allocated) / 2
+        self._every = 2 * self._every if useless else self.every_n_steps
         log.info(
             "MemoryCleanup: step %d, %.0f MiB handed back to %s (%.0f of %.0f MiB reserved were in use)",
             step,
@@ -110,11 +115,11 @@ class MemoryCleanup(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._looked = 0
+        self._looked, self._every = 0, self.every_n_steps
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._looked = 0  # of this run
+        self._looked, self._every = 0, self.every_n_steps  # of this run
 
     def helps(self, use: MemoryUse) -> bool:
         """Whether emptying the cache is worth its wait."""

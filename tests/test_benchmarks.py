@@ -11,6 +11,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,6 +238,30 @@ def test_another_package_beside_the_installed_one(
     here, base = (found["rounds"][side][0]["ops"]["tree"]["rows"][0]["ms"] for side in ("here", "base"))
     assert first["ratio"] == pytest.approx(here / base)
     assert "| tree | zero, 12 additions, scale |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("side", "status"), [("here", 1), ("base", 0), ("", 0)])
+def test_a_check_that_fails_here_is_the_exit_status_of_a_comparison(
+    module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], side: str, status: int
+) -> None:
+    """Regression: with ``--base`` a check that failed, or an operation that crashed, was not told at all."""
+    benchmark = module("run")
+
+    def measured(command: list[str], **kwargs: Any) -> SimpleNamespace:
+        failed = side == ("base" if "--package" in command else "here")
+        row = {
+            "name": "RuntimeError" if failed else "light",
+            "ms": None if failed else 1.0,
+            "checks": {"ran to its end": not failed},
+        }
+        Path(command[command.index("--json") + 1]).write_text(json.dumps({"ops": {"step": {"rows": [row]}}}))
+        return SimpleNamespace(returncode=int(failed))
+
+    monkeypatch.setattr(benchmark, "subprocess", SimpleNamespace(run=measured))
+    monkeypatch.setattr(benchmark, "build", lambda ref, folder: folder)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--op", "step", "--base", "HEAD", "--device", "cpu", "--rounds", "1"])
+    assert benchmark.main() == status
+    assert ("step, RuntimeError: ran to its end did not hold here" in capsys.readouterr().out) == bool(status)
 
 
 @pytest.mark.slow

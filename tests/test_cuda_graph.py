@@ -270,6 +270,22 @@ def test_scope_optimizer(tmp_path, config):
     assert_same_run(recorded, run(tmp_path, config, [], accumulate_grad_batches=2))
 
 
+def test_scope_optimizer_is_timed_and_shapes_beyond_the_cache_raise(tmp_path):
+    """Regression: ``timing`` was ignored there, the time of a capture logged as 0, and ``raise`` did not."""
+    logger = Rows()
+    run(tmp_path, PULSED, [RehearsedGraph(scope="optimizer", timing=True)], logger=logger)
+    rows = [row for row in logger.rows if "graph/replays" in row]
+    assert all(row["graph/update_ms"] > 0 and row["graph/capture_ms"] > 0 for row in rows[1:])
+    with pytest.raises(GraphCaptureError, match="shape cache full"):
+        run(tmp_path, PULSED, [RehearsedGraph(scope="optimizer", max_graphs=1, on_failure="raise")])
+
+
+def test_parity_of_a_run_that_falls_is_said_to_be_none(tmp_path):
+    graph = RehearsedGraph(parity_steps=2)
+    run(tmp_path, PULSED, [graph], Index)
+    assert graph.parity_max_abs is None and "nothing is compared" in graph.reasons[-1]
+
+
 def test_nothing_to_record(tmp_path):
     """A model without tiles whose steps cannot be recorded stays eager, and that is said."""
     graph = RehearsedGraph()
@@ -278,7 +294,9 @@ def test_nothing_to_record(tmp_path):
         strategy=LRTTStrategy(include=[]), callbacks=[graph], accelerator="cpu", barebones=True, max_epochs=1
     )
     trainer.fit(Index(), DataLoader(data(), 10))
-    assert "no tiles" in graph.reasons[-1] and graph.replays == 0
+    assert "no tiles" in graph.reasons[-1] and graph.replays == 0 and graph.eager_steps == 8
+    with pytest.raises(MisconfigurationException, match="no tiles whose update could be recorded"):
+        run(tmp_path, None, [RehearsedGraph(scope="optimizer", on_failure="raise")])
 
 
 # ------------------------------------------------------------------ failures, exceptions, resume
@@ -395,12 +413,12 @@ class Named(Net):
 
 
 def test_many_shapes_do_not_throw_each_other_out(tmp_path):
-    """With room for two, two shapes are replayed and the others stay eager, which is said once each."""
+    """With room for two, two shapes are replayed and the others stay eager, which is said once."""
     sizes = [8, 6, 4, 2] * 6
     graph = RehearsedGraph(max_graphs=2)
     recorded = run(tmp_path, DIGITAL, [graph], Named, train=Shapes(sizes))
     assert graph.captures == 2 and graph.replays > 30
-    assert len(graph.reasons) == 2 and all("shape cache full (2)" in reason for reason in graph.reasons)
+    assert len(graph.reasons) == 1 and "shape cache full (2), got (2, 6) float32" in graph.reasons[0]
     assert_same_run(recorded, run(tmp_path, DIGITAL, [], Named, train=Shapes(sizes)))
 
 
@@ -552,6 +570,9 @@ def test_reasons_are_logged_once(tmp_path, caplog):
         ({"parity_steps": -1}, "parity_steps must be >= 0"),
         ({"on_failure": "ignore"}, "on_failure must be one of"),
         ({"every_n_steps": 0}, "every_n_steps must be >= 1"),
+        ({"timing": "yes"}, "timing must be True or False, got 'yes'"),
+        ({"find_syncs": 3}, "find_syncs must be True or False, got 3"),
+        ({"scope": "optimizer", "parity_steps": 1}, "parity_steps must be 0 with scope='optimizer', got 1"),
     ],
 )
 def test_arguments(numbers, message):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -18,6 +21,7 @@ from lightning_lrtt import LRTT, LRTTConfig, devices
 from lightning_lrtt.graphs import (
     DeviceForm,
     Finder,
+    FrozenValues,
     GraphCache,
     GraphCaptureError,
     HostState,
@@ -255,13 +259,15 @@ def test_read_argument():
         def short(self, batch):
             return batch
 
+        def rest(self, batch, *args):
+            return batch, args
+
+        def unread(self, *args):
+            return None
+
     module = Module()
-    assert [read_argument(getattr(module, n), 1) for n in ("leaves", "reads", "inside", "short")] == [
-        "",
-        "batch_idx",
-        "index",
-        "",
-    ]
+    names = ("leaves", "reads", "inside", "short", "rest", "unread")
+    assert [read_argument(getattr(module, n), 1) for n in names] == ["", "batch_idx", "index", "", "*args", ""]
 
 
 # ------------------------------------------------------------------ host state, parity, timer
@@ -279,6 +285,90 @@ def test_host_state_tells_and_restores():
     assert set(state.changes()) == {"calls", "mean", "new", "running_mean"}
     state.restore()
     assert state.changes() == [] and module.mean is mean and not hasattr(module, "new")
+
+
+def test_host_state_looks_into_lists_objects_and_generators():
+    """Elements and values of then come back, in the objects of then."""
+    module = nn.Linear(1, 1)
+    module.rows, module.seen, module._own = [1, 2], {3}, []
+    module.meter = SimpleNamespace(count=0, last=deque([5]), by_name={"a": 1})
+    module.generator = np.random.default_rng(0)
+    rows, meter = module.rows, module.meter
+    state = HostState({"": module})
+    drawn = module.generator.random()
+    rows.append(3)
+    module.seen.clear()
+    module._own.append(1)
+    meter.count, meter.by_name["b"] = 1, 2
+    meter.last.append(6)
+    assert set(state.changes()) == {"rows", "seen", "generator", "meter.count", "meter.last", "meter.by_name"}
+    module.rows = [1, 2]  # equal, and another list
+    state.restore()
+    assert state.changes() == [] and module.rows is rows and rows == [1, 2] and module.seen == {3}
+    assert meter == SimpleNamespace(count=0, last=deque([5]), by_name={"a": 1}) and module._own == [1]
+    assert module.generator.random() == drawn
+
+
+def test_frozen_values_tell_what_changed_and_who_may_read_it():
+    module = nn.Sequential(nn.Dropout(0.1), nn.Linear(2, 2))
+    module.weight, module.calls, module.mean = 0.5, 0, torch.zeros(())
+    module.settings = SimpleNamespace(gain=float("nan"))
+    frozen = FrozenValues(
+        dict(module.named_modules()), {"p", "weight", "mean", "gain", "late"}, frozenset({"training"})
+    )
+    anything = FrozenValues(dict(module.named_modules()), None, frozenset({"training"}))
+    module.calls, module[0].training = 1, False
+    module.mean += 1  # in place, which a graph sees
+    module.settings = SimpleNamespace(gain=float("nan"))  # NaN is NaN
+    assert frozen.changed() == [] and anything.changed() == ["calls"]
+    module.mean, module.weight, module.late, module[0].p = torch.ones(()), "half", 1, 0.2
+    module.settings.gain = 2.0
+    assert set(frozen.changed()) == {"mean", "weight", "late", "0.p", "settings.gain"}
+    module.weight, module[0].p, module.settings.gain = 0.5, 0.1, float("nan")
+    del module.late
+    assert frozen.changed() == ["mean"]
+
+
+def test_finder_knows_the_names_that_a_step_may_read():
+    class Reads(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.drop(x) * self.in_a_string
+
+    module = Reads()
+    module.drop, module.in_a_string, module.not_read_by_anything = nn.Dropout(0.5), 2.0, 1
+    finder = Finder(CPU)
+    with finder.watch():
+        module(torch.ones(2))
+    assert finder.names is not None and finder.names >= {"p", "in_a_string"}
+    assert "not_read_by_anything" not in finder.names
+    compiled = Finder(CPU)
+    with compiled.watch():
+        torch.compile(module, backend="eager")(torch.ones(2))
+    assert compiled.names is None
+
+
+INSTALLED = """
+import time
+from collections import deque
+def step(trainer):
+    step = trainer.global_step
+    return step, time.time()
+"""
+
+
+@pytest.mark.parametrize("package", ["user_models", "lightning"])
+def test_a_model_may_be_an_installed_package(tmp_path, package):
+    """Regression: what it read of the Trainer or of a clock counted as read by a library."""
+    folder = tmp_path / "site-packages" / package
+    space: dict[str, Any] = {}
+    exec(compile(INSTALLED, str(folder / "model.py"), "exec"), space)
+    finder = Finder(CPU, {pl.Trainer.global_step.fget.__code__: "Trainer.global_step"})
+    with finder.watch():
+        space["step"](pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+    found = [finding for finding in finder.findings if str(folder) in finding.where]
+    assert [str(f).partition(" is read")[0] for f in found] == (
+        ["Trainer.global_step", "time.time()"] if package == "user_models" else []
+    )
 
 
 def test_state_copy_and_difference():

@@ -90,6 +90,22 @@ def test_never_without_need(callback):
     assert callback.cleanups == 0 and getattr(callback, "released", 0) == 0
 
 
+def test_a_cleanup_that_frees_little_waits_longer_for_the_next():
+    """Regression: beside the pool of graphs, which emptying leaves alone, it was emptied in vain for ever."""
+
+    class Stuck(Pretends):
+        vain = 3
+
+        def release(self, device: torch.device) -> None:
+            self.released += 1
+            if self.released > self.vain:
+                self.reserved = self.allocated
+
+    steps = [row["step"] for row in fit(Stuck(every_n_steps=1)).rows if "memory/freed_MiB" in row]
+    # 1, 2, 4 and 8 steps apart; the fourth frees, and from there on it is every step.
+    assert steps == [0, 2, 6, *range(14, 20)]
+
+
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [

@@ -3,7 +3,7 @@
 from lightning_lrtt.graphs.batches import StaticBatch, Unsupported, describe
 from lightning_lrtt.graphs.cache import Entry, GraphCache
 from lightning_lrtt.graphs.finder import Finder, Finding
-from lightning_lrtt.graphs.host_state import HostState
+from lightning_lrtt.graphs.host_state import FrozenValues, HostState, tensor_slots
 from lightning_lrtt.graphs.optimizers import DeviceForm
 from lightning_lrtt.graphs.parity import StateCopy, max_difference
 from lightning_lrtt.graphs.recorder import CudaRecorder, GraphCaptureError, Recorder, Recording
@@ -16,6 +16,7 @@ __all__ = [
     "Entry",
     "Finder",
     "Finding",
+    "FrozenValues",
     "GraphCache",
     "GraphCaptureError",
     "HostState",
@@ -28,4 +29,5 @@ __all__ = [
     "Unsupported",
     "describe",
     "max_difference",
+    "tensor_slots",
 ]

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -89,6 +90,8 @@ class Finder:
     def __init__(self, device: torch.device, frozen: dict[CodeType, str] | None = None) -> None:
         self.device, self.frozen = device, frozen or {}
         self._found: dict[Finding, None] = {}
+        self._codes: dict[int, CodeType] = {}
+        self._all_seen = True
         self._paused = 0
 
     @property
@@ -98,6 +101,17 @@ class Finder:
         for finding in self._found:
             places.setdefault((finding.kind, finding.where), finding)
         return list(places.values())
+
+    @property
+    def names(self) -> set[str] | None:
+        """Names and strings in all code that ran, so of every attribute that it can have read; None if not all was seen."""
+        if not self._all_seen:
+            return None
+        found: set[str] = set()
+        for code in self._codes.values():
+            found.update(code.co_names)
+            found.update(value for value in code.co_consts if isinstance(value, str))
+        return found
 
     def add(self, kind: str, what: str, where: str | None = None) -> None:
         """Note something; ``where`` defaults to the code that is running."""
@@ -110,6 +124,8 @@ class Finder:
         free, before = sys.getprofile() is None, _numpy_state()
         if free:
             sys.setprofile(self._on_call)
+        else:
+            self._all_seen = False
         try:
             with _Dispatch(self):
                 yield
@@ -158,8 +174,11 @@ class Finder:
         if self._paused:
             return
         if event == "call":
+            self._codes[id(frame.f_code)] = frame.f_code
+            if frame.f_code.co_name == "compile_wrapper":  # torch.compile's code reads attributes under no name
+                self._all_seen = False
             name = self.frozen.get(frame.f_code)
-            if name and frame.f_back is not None and not _in_library(frame.f_back.f_code.co_filename):
+            if name and frame.f_back is not None and not _in_tools(frame.f_back.f_code.co_filename):
                 self.add("frozen", f"{name} is read, a Python number", _place(frame.f_back))
         elif event == "c_call":
             owner, name = getattr(argument, "__self__", None), getattr(argument, "__name__", "")
@@ -168,8 +187,8 @@ class Finder:
                     self.add("sync", f"{_METHODS[name]} (.{name}())", location(frame))
             elif isinstance(owner, random.Random) and name in ("random", "getrandbits"):
                 self.add("frozen", "random numbers are drawn on the host", location(frame))
-            elif owner is time and not _in_library(frame.f_code.co_filename):
-                self.add("frozen", f"time.{name}() is read", location(frame))
+            elif owner is time and not _in_tools(frame.f_code.co_filename):
+                self.add("frozen", f"time.{name}() is read", _place(frame))
 
 
 class _Dispatch(TorchDispatchMode):
@@ -231,6 +250,7 @@ def _within(name: str, folder: str) -> bool:
 _TORCH = str(Path(torch.__file__).resolve().parent) + "/"
 _GRAPHS = str(_OWN / "graphs") + "/"
 _LIBRARIES: dict[str, bool] = {}
+_TOOLS = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics")
 _FOLDERS = tuple({sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib")})
 _OWN_CALLBACKS = str(_OWN.parent / "callbacks") + "/"  # an editable install runs them from there
 
@@ -245,8 +265,27 @@ def _in_library(name: str) -> bool:
     return known
 
 
+def _in_tools(name: str) -> bool:
+    """Whether a file belongs to Python, to what this package stands on or to this one.
+
+    A user's model may itself be an installed package: what it reads counts as much as in a script.
+    """
+    if not _in_library(name) or _within(name, str(_OWN) + "/") or _within(name, _OWN_CALLBACKS):
+        return _in_library(name)
+    package = name.rpartition("-packages/")[2].partition("/")[0]
+    return package in _TOOLS if "-packages/" in name else True
+
+
+def of_the_user(function: Callable[..., Any]) -> bool:
+    """Whether a function, a method or a callable object is written outside the libraries."""
+    while isinstance(function, partial):
+        function = function.func
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return code is not None and not _in_library(code.co_filename)
+
+
 def read_argument(function: Callable[..., Any], position: int) -> str:
-    """Name of a parameter that a function's own code reads, or an empty string if it leaves it alone.
+    """Name of a parameter that a function's own code reads (``*args`` if it comes in there); empty if it leaves it alone.
 
     Args:
         function: Python function; wrappers are looked through.
@@ -255,18 +294,20 @@ def read_argument(function: Callable[..., Any], position: int) -> str:
     try:
         function = inspect.unwrap(function)
         code = getattr(function, "__func__", function).__code__
-        names = [p.name for p in inspect.signature(function).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+        parameters = list(inspect.signature(function).parameters.values())
     except (AttributeError, TypeError, ValueError):
         return ""
-    if position >= len(names):
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    rest = [p.name for p in parameters if p.kind == p.VAR_POSITIONAL]
+    if position >= len(names) and not rest:
         return ""
-    name = names[position]
+    name = names[position] if position < len(names) else rest[0]
     pending = [code]
     while pending:
         current = pending.pop()
         pending += [c for c in current.co_consts if isinstance(c, CodeType)]
         for instruction in dis.get_instructions(current):
             values = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
-            if instruction.opname.startswith("LOAD") and name in values:
-                return name
+            if "LOAD" in instruction.opname and name in values:  # also the fused ones, which begin with STORE
+                return name if position < len(names) else f"*{name}"
     return ""

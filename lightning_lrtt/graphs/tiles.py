@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -37,6 +38,9 @@ class TileGraphs:
         report: Told of every ``capture``, ``replay`` and ``eager`` step, and of a ``refused`` one with its reason.
         on_failure: ``eager`` goes on without a graph, ``raise`` raises.
 
+    Attributes:
+        capture_ms: Host milliseconds of the last capture.
+
     Raises:
         GraphCaptureError: In a step, with ``on_failure='raise'``.
 
@@ -58,6 +62,7 @@ class TileGraphs:
     ) -> None:
         self._recorder, self._warmup, self._cache = recorder, warmup, GraphCache(size)
         self._eager_now, self._report, self._on_failure = eager_now, report, on_failure
+        self.capture_ms = 0.0
 
     def __call__(self, tiles: list[TileModule], issue: Callable[[], None]) -> None:
         """Run ``issue``, which updates ``tiles`` from their gradients and latches."""
@@ -75,7 +80,10 @@ class TileGraphs:
             entry.recording.replay()
             self._report("replay", "")
         elif not self._cache.room((self._key(tiles, live),)):
-            self._report("refused", f"shape cache full ({self._cache.size} graphs)")
+            why = f"shape cache full ({self._cache.size} graphs of the tiles' update)"
+            self._report("refused", why)
+            if self._on_failure == "raise":
+                raise GraphCaptureError(f"{why}: pad batches to fewer shapes, or allow more graphs")
             self._recorder.eager(issue)
         else:
             self._record(entry, tiles, live, issue)
@@ -97,6 +105,7 @@ class TileGraphs:
                     _put_back(tile, old)
             return _Nothing()
 
+        start = time.perf_counter()
         try:
             entry.recording = self._recorder.record(update)
         except Exception as error:
@@ -106,6 +115,7 @@ class TileGraphs:
                 raise GraphCaptureError(entry.refused) from error
             self._recorder.eager(issue)
             return
+        self.capture_ms = 1e3 * (time.perf_counter() - start)
         self._report("capture", "")
 
     def _key(self, tiles: list[TileModule], live: list[Tensor]) -> Hashable:
