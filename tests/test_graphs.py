@@ -319,8 +319,14 @@ def test_frozen_values_tell_what_changed_and_who_may_read_it():
     anything = FrozenValues(dict(module.named_modules()), None, frozenset({"training"}))
     module.calls, module[0].training = 1, False
     module.mean += 1  # in place, which a graph sees
-    module.settings = SimpleNamespace(gain=float("nan"))  # NaN is NaN
-    assert frozen.changed() == [] and anything.changed() == ["calls"]
+    module.settings.gain = float("nan")  # NaN is NaN
+    assert frozen.changed() == [] and anything.changed() == anything.changed() == ["calls"]
+    module.settings = SimpleNamespace(gain=float("nan"))  # equal, and its name is in no code: looked into from now on
+    module.unknown = 1
+    assert frozen.changed() == [] and anything.changed() == ["calls", "settings", "unknown"]
+    module.settings.gain = 1.0
+    assert frozen.changed() == ["settings.gain"]
+    module.settings.gain = float("nan")
     module.mean, module.weight, module.late, module[0].p = torch.ones(()), "half", 1, 0.2
     module.settings.gain = 2.0
     assert set(frozen.changed()) == {"mean", "weight", "late", "0.p", "settings.gain"}

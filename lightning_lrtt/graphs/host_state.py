@@ -118,7 +118,10 @@ class HostState:
 
 
 class FrozenValues:
-    """The plain values that a graph of a step of ``modules`` holds for ever, compared with the present ones in microseconds.
+    """What a graph of a step of ``modules`` read on the host and holds for ever, compared with the present in microseconds.
+
+    Plain Python values are compared by value, tensors and other objects by identity; the values in plain objects too, one
+    level deep.
 
     Args:
         modules: The modules.
@@ -139,34 +142,36 @@ class FrozenValues:
         self, modules: Mapping[str, nn.Module], names: set[str] | None = None, ignore: frozenset[str] = frozenset()
     ) -> None:
         self._modules, self._names, self._ignore = modules, names, ignore
-        self._slots = self._collect()
-        self._values = [value for _, _, _, value in self._slots]
-        self._lengths = [len(holder) for holder in self._holders]
+        self._frozen = self._collect()
 
     def changed(self) -> list[str]:
-        """Attributes that hold another value than at the start; empty most of the time, and then at once."""
+        """Attributes that hold something else than at the start; empty most of the time, and then at once."""
         if [len(holder) for holder in self._holders] == self._lengths:
-            now = [
-                v if (v := holder.get(key)).__class__ in _SIMPLE_TYPES else id(v) for _, holder, key, _ in self._slots
-            ]
+            now = [v if (v := holder.get(key)).__class__ in _SIMPLE_TYPES else id(v) for holder, key in self._slots]
             if now == self._values:
                 return []
-        old = {name: value for name, _, _, value in self._slots}
-        new = {name: value for name, _, _, value in self._collect()}
-        gone = object()
-        return [name for name in {**old, **new} if _differs(old.get(name, gone), new.get(name, gone))]
+        old, new, gone = self._frozen, self._collect(), object()
+        found = [name for name in {**old, **new} if _differs(old.get(name, gone), new.get(name, gone))]
+        if found:
+            self._lengths = []  # the next call compares names again
+        return found
 
-    def _collect(self) -> list[tuple[str, dict[str, Any], str, Any]]:
+    def _collect(self) -> dict[str, Any]:
+        """What the attributes hold, by name; afterwards `changed` looks where they stand now."""
         found = list(_holders(self._modules, self._ignore))
         self._holders = [holder for _, holder in found]
-        return [
-            (place + key, holder, key, value if value.__class__ in _SIMPLE_TYPES else id(value))
-            for place, holder in found
-            for key, value in holder.items()
-            if key not in self._ignore
-            and (self._names is None or key in self._names)
-            and isinstance(value, (*_SIMPLE, Tensor))
-        ]
+        self._lengths = [len(holder) for holder in self._holders]
+        self._slots, self._values, named = [], [], {}
+        for place, holder in found:
+            for key, value in holder.items():
+                if key in self._ignore or not (self._names is None or key in self._names):
+                    continue
+                if key.startswith("_") and not isinstance(value, (*_SIMPLE, Tensor)):  # torch's and Lightning's own
+                    continue
+                named[place + key] = value if value.__class__ in _SIMPLE_TYPES else id(value)
+                self._slots.append((holder, key))
+                self._values.append(named[place + key])
+        return named
 
 
 def tensor_slots(modules: Mapping[str, nn.Module]) -> list[tuple[dict[str, Any], str]]:
