@@ -142,6 +142,10 @@ class FrozenValues:
         self, modules: Mapping[str, nn.Module], names: set[str] | None = None, ignore: frozenset[str] = frozenset()
     ) -> None:
         self._modules, self._names, self._ignore = modules, names, ignore
+        self._holders: list[dict[str, Any]] = []
+        self._lengths: list[int] = []
+        self._slots: list[tuple[dict[str, Any], str]] = []
+        self._values: list[Any] = []
         self._frozen = self._collect()
 
     def changed(self) -> list[str]:
@@ -161,7 +165,8 @@ class FrozenValues:
         found = list(_holders(self._modules, self._ignore))
         self._holders = [holder for _, holder in found]
         self._lengths = [len(holder) for holder in self._holders]
-        self._slots, self._values, named = [], [], {}
+        self._slots, self._values = [], []
+        named: dict[str, Any] = {}
         for place, holder in found:
             for key, value in holder.items():
                 if key in self._ignore or not (self._names is None or key in self._names):
