@@ -1,9 +1,11 @@
 """Settings of all tests."""
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +14,9 @@ import torch
 # two workers of xdist wait for one another's threads (a test of 6 s took over 300 s).
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# Workers that tests start are on this host; gloo would otherwise look the host's name up, which takes long where nobody
+# answers.
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -20,6 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: set LRTT_SLOW=1"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws without a seed of its own does not depend on the tests that ran before it in this process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

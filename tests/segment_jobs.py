@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing import connection
 from pathlib import Path
@@ -191,6 +191,17 @@ class Failed(Exception):
         self.errors = errors
 
 
+@contextlib.contextmanager
+def _free_port() -> Iterator[int]:
+    """A port of this host that nobody else is given meanwhile."""
+    with socket.socket() as probe:
+        # A bound socket that does not listen keeps the port from everybody who asks for any, connections included; with
+        # this option on both sides the workers' store, which asks for this one, can still listen on it.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", 0))
+        yield probe.getsockname()[1]
+
+
 def run(workers: int, job: Callable[..., Any], *args: Any, patience: float = 60.0, **kwargs: Any) -> list[Any]:
     """``job(workers, *args)`` in that many processes; their results by rank.
 
@@ -205,9 +216,17 @@ def run(workers: int, job: Callable[..., Any], *args: Any, patience: float = 60.
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(os.pathsep.join(paths).split(os.pathsep)))
     context.set_forkserver_preload(["segment_jobs", "torch._dynamo"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with _free_port() as port:
+        results, errors = _run(context, workers, port, job, args, kwargs, patience)
+    if errors:
+        raise Failed(errors)
+    return [results[rank] for rank in range(workers)]
+
+
+def _run(
+    context: Any, workers: int, port: int, job: Any, args: Any, kwargs: Any, patience: float
+) -> tuple[dict[int, Any], dict[int, str]]:
+    """Results and errors by rank, after all workers have ended."""
     end = time.monotonic() + _LIMIT
     pipes, processes = [], []
     for rank in range(workers):
@@ -239,15 +258,11 @@ def run(workers: int, job: Callable[..., Any], *args: Any, patience: float = 60.
         if process.is_alive():
             process.kill()
             process.join()
-    if errors:
-        raise Failed(errors)
-    return [results[rank] for rank in range(workers)]
+    return results, errors
 
 
 def _worker(pipe: Any, rank: int, workers: int, port: int, job: Callable[..., Any], args: Any, kwargs: Any) -> None:
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    # All workers are on this host; gloo would otherwise look up the host's name, which can take long without a network.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(None):
         try:

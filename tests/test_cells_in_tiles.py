@@ -102,10 +102,15 @@ def test_the_persistent_weight_is_what_moves():
 
 def test_a_digital_checkpoint_is_written_to_the_cells():
     source = nn.Linear(6, 5)
-    noisy, pair = (LRTTLinear(6, 5, config=LRTTConfig(rank=2, visible_device=device)) for device in (NOISY, PAIR))
+    nn.init.uniform_(source.weight, -0.1, 0.1, generator=torch.Generator().manual_seed(0))
+    configs = (LRTTConfig(rank=2, visible_device=device) for device in (NOISY, PAIR))
+    noisy, pair = (LRTTLinear(6, 5, config=config, tile=0) for config in configs)
     for tile in (noisy, pair):
+        # Each cell has bounds of its own, which the tile's number decides; the nearest of tile 0 is 0.134 away.
+        assert tile.write_visible(source.weight) == 0, "a weight at or beyond the bound of its cell"
+        tile.write_visible(torch.zeros(5, 6))
         tile.load_state_dict(source.state_dict())
-    assert same_bits(noisy.C_cells[0], source.weight)  # within all bounds
+    assert same_bits(noisy.C_cells[0], source.weight)
     assert not same_bits(noisy.weight, source.weight)
     assert same_bits(pair.C_cells[0] - pair.C_cells[1], source.weight)
     assert same_bits(pair.weight, source.weight)

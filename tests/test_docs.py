@@ -94,7 +94,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},  # the theme's advertisement for its successor
     )
     assert done.returncode == 0, done.stderr

@@ -133,7 +133,7 @@ def ddp(tmp_path: Path, tiles: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, __file__, tiles, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=280,
         env=clean_environment(),
     )
 

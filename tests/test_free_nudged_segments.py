@@ -32,7 +32,7 @@ def fit(workers: int, config: LRTTConfig | None, estimator: str) -> dict[str, An
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=workers,
-        strategy=LRTTDDPStrategy(**options, timeout=60.0, verify_every=3),
+        strategy=LRTTDDPStrategy(**options, timeout=600.0, verify_every=3),
         max_epochs=2,
         logger=False,
         enable_progress_bar=False,

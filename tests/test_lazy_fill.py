@@ -126,7 +126,8 @@ def test_stopping_waits_for_the_tensor_that_is_being_read(llama: Any, monkeypatc
 
     def slow(entry: Any) -> None:
         reading.set()
-        time.sleep(0.1)
+        assert fill._stop.wait(100)
+        time.sleep(0.1)  # a stop() that did not wait would be back by now
         read(entry)
 
     monkeypatch.setattr(fill.plan, "fill", slow)

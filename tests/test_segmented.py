@@ -183,7 +183,15 @@ def test_T5_thread_sanitizer(tmp_path):
     if "cannot find" in built.stderr and "tsan" in built.stderr:
         pytest.skip("no ThreadSanitizer runtime")
     assert built.returncode == 0, built.stderr
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=60, check=False)
+    # Where the kernel spreads addresses widely, the runtime finds its own taken: without randomisation it does not. A
+    # container may forbid to turn that off.
+    off = ["setarch", os.uname().machine, "-R"]
+    for before in (off, []) if shutil.which("setarch") else ([],):
+        done = subprocess.run([*before, str(program)], capture_output=True, text=True, timeout=60, check=False)
+        if not done.stderr.startswith("setarch:"):
+            break
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip(f"ThreadSanitizer cannot run with this kernel's address randomisation: {done.stderr.strip()}")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -236,11 +244,16 @@ def test_T7_a_killed_worker_stops_the_others_and_the_run_resumes(exchange, tmp_p
 @pytest.mark.parametrize("exchange", ["shared_memory", "collectives"])
 def test_T7_a_hanging_worker_is_given_up(exchange):
     """A worker that sleeps: the others stop after ``timeout`` and say what to do."""
-    with pytest.raises(Failed) as failed:
-        run(2, jobs.fit, trouble=jobs.sleeps, exchange=exchange, timeout=6.0, patience=0.5)
-    assert "timeout = 6 s" in failed.value.errors[0] and "raise strategy.timeout" in failed.value.errors[0]
-    if exchange == "shared_memory":
-        assert "worker 1 did not come" in failed.value.errors[0]
+    # The time is also what the workers have to find each other: on a busy machine the first can be too short for that.
+    for timeout in (6, 60):
+        with pytest.raises(Failed) as failed:
+            run(2, jobs.fit, trouble=jobs.sleeps, exchange=exchange, timeout=float(timeout), patience=0.5)
+        wanted = [f"timeout = {timeout} s", "raise strategy.timeout"]
+        wanted += ["worker 1 did not come"] if exchange == "shared_memory" else []
+        missing = [words for words in wanted if words not in failed.value.errors[0]]
+        if not missing:
+            break
+    assert not missing, failed.value
 
 
 def test_T8_other_numbers_than_the_checkpoint_are_refused(tmp_path):

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(logs: Path) -> Iterator[str]:
     """Where TensorBoard serves these runs."""
     words = ["--logdir", str(logs), "--host", "127.0.0.1", "--port", "0", "--load_fast=false"]
+    words += ["--reload_task", "blocking", "--reload_interval", "0"]  # all is read before the address is said
     server = subprocess.Popen(
         [sys.executable, "-m", "tensorboard.main", *words],
         stdout=subprocess.PIPE,
@@ -89,11 +90,19 @@ def page(address: str) -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=_CHROMIUM, args=_FLAGS)
+        browser = play.chromium.launch(executable_path=_CHROMIUM, args=_FLAGS, timeout=2 * _WAIT)
         window = browser.new_page(viewport={"width": 1400, "height": 900})
         window.set_default_timeout(_WAIT)
         yield window
         browser.close()
+
+
+def soon(look: Callable[[], Any], enough: Callable[[Any], bool]) -> Any:
+    """What `look` finds as soon as it is enough, or else what it found last."""
+    end = time.monotonic() + _WAIT / 1000
+    while not enough(found := look()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
 
 
 def picture(page: Any, name: str) -> np.ndarray:
@@ -111,12 +120,17 @@ def assert_filled(page: Any, name: str, *words: str) -> None:
         page.get_by_text(word).first.wait_for(state="visible")
     for nothing in ("No dashboards are active", "No scalar data was found", "was not found", "No runs are selected"):
         assert page.get_by_text(nothing).locator("visible=true").count() == 0, nothing
-    time.sleep(1.0)  # charts draw after their data has come
-    pixels = picture(page, name)[150:, 400:]  # without the bar at the top and the runs at the left
-    background = np.median(pixels.reshape(-1, 3), axis=0)
-    drawn = (np.abs(pixels.astype(int) - background).sum(-1) > 30).mean()
+
+    def look() -> tuple[float, int]:
+        """The share of pixels that are not background, and the number of colours."""
+        time.sleep(1.0)  # charts draw after their data has come
+        pixels = picture(page, name)[150:, 400:].reshape(-1, 3)  # without the bar at the top and the runs at the left
+        drawn = np.abs(pixels.astype(int) - np.median(pixels, axis=0)).sum(-1) > 30
+        return float(drawn.mean()), len(np.unique(pixels, axis=0))
+
+    drawn, colours = soon(look, lambda found: found[0] > 0.005 and found[1] > 20)
     assert drawn > 0.005, (name, drawn)
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20, name
+    assert colours > 20, name
 
 
 def show(page: Any, address: str, tab: str) -> None:
@@ -151,8 +165,13 @@ def test_custom_scalars(page: Any, address: str) -> None:
 def test_images(page: Any, address: str) -> None:
     show(page, address, "images")
     assert_filled(page, "images", "image/net.0/AB", "image/net.0/C")
-    widths = page.locator("img").evaluate_all("all => all.map(image => image.naturalWidth)")
-    assert sum(width >= 100 for width in widths) >= 4, widths
+
+    def large(widths: list[int]) -> bool:
+        return sum(width >= 100 for width in widths) >= 4
+
+    images = page.locator("img")  # looks into shadow roots, where they are
+    widths = soon(lambda: images.evaluate_all("all => all.map(image => image.naturalWidth)"), large)
+    assert large(widths), widths
 
 
 def test_histograms(page: Any, address: str) -> None:
