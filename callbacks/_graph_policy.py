@@ -75,7 +75,9 @@ def step_reasons(trainer: pl.Trainer, module: pl.LightningModule, device: torch.
         reasons.append(f"training_step reads {holds}, a Python number that a graph would repeat for ever")
     if trainer.world_size > 1:
         reasons.append(f"{trainer.world_size} workers: their communication is not recorded")
-    if most_accumulated(trainer) > 1 and is_overridden("optimizer_step", module):
+    # This package's own override (free/nudged learning projects there) may be called for every micro-batch.
+    overridden = is_overridden("optimizer_step", module) and of_the_user(module.optimizer_step)
+    if overridden and most_accumulated(trainer) > 1:
         reasons.append(
             "optimizer_step is overridden, and under accumulate_grad_batches it would be called for every micro-batch"
         )

@@ -120,11 +120,35 @@ class LRTT(Optimizer):
         self.adopt_factors()
         self._refuse_foreign()
 
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The digital optimizer's own, also where somebody puts another list in their place."""
+        return self.digital.param_groups if "digital" in self.__dict__ else self._own_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if "digital" in self.__dict__:
+            self.digital.param_groups = groups
+        else:
+            self._own_groups = groups
+
     def _share(self) -> None:
-        """Groups, state and defaults are the digital optimizer's own objects: schedulers and checkpoints see one thing."""
-        self.param_groups = self.digital.param_groups
+        """State and defaults are the digital optimizer's own objects: schedulers and checkpoints see one thing."""
         self.state = self.digital.state
         self.defaults = self.digital.defaults
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("tile_lr_scale", "on_nonfinite", "digital", "reduced", "_expected")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy: hooks, observer and runner stay with the original, as torch's optimizers leave hooks behind."""
+        self.observer = self.runner = None
+        self._lr_held = self._checked = False
+        self._places, self._lr, self._bad_seen = set(), {}, {}
+        del state["param_groups"]  # the digital optimizer's
+        super().__setstate__(state)
+        self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the digital optimizer, which shares it."""

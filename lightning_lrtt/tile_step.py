@@ -14,10 +14,19 @@ from lightning_lrtt.ops.schema import ABSENT, BLOCK_SAMPLES
 
 
 def has_update(tile: TileModule) -> bool:
-    """Whether backward has left something for the tile's next step."""
-    if tile.config.is_pulsed:
-        return bool(tile.latch.calls) and tile.A.grad is not None and tile.B.grad is not None
-    return tile.A.grad is not None and tile.B.grad is not None
+    """Whether backward has left something for the tile's next step.
+
+    Raises:
+        RuntimeError: If one factor of a pulsed tile is frozen.
+    """
+    if not tile.config.is_pulsed:
+        return tile.A.grad is not None or tile.B.grad is not None
+    if tile.A.requires_grad != tile.B.requires_grad:
+        raise RuntimeError(
+            f"LRTT: A and B of a pulsed tile must both learn, got requires_grad {tile.A.requires_grad} and "
+            f"{tile.B.requires_grad}; freeze both, or use a digital tile (fast_device=None), which may learn by one of them"
+        )
+    return bool(tile.latch.calls) and tile.A.grad is not None and tile.B.grad is not None
 
 
 def update(members: list[tuple[TileModule, Tensor]], device: torch.device) -> None:
@@ -32,7 +41,7 @@ def update(members: list[tuple[TileModule, Tensor]], device: torch.device) -> No
         _pulse(pulsed, device)
     exact = [(tile, lr) for tile, lr in members if not tile.config.is_pulsed]
     if exact:
-        pairs = [(tile, lr, p) for tile, lr in exact for p in (tile.A, tile.B)]
+        pairs = [(tile, lr, p) for tile, lr in exact for p in (tile.A, tile.B) if p.grad is not None]
         torch.ops.lrtt.digital_update_(
             [p.detach() for _, _, p in pairs],
             [p.grad for _, _, p in pairs],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections import deque
@@ -233,6 +234,23 @@ def test_finder_pauses():
     with finder.watch(), finder.pause():
         X.sum().item()
     assert finder.findings == []
+
+
+def test_finder_is_not_told_of_collections_of_garbage(tmp_path):
+    """Regression: hypothesis times them, and its clock counted as one that the step reads."""
+    space: dict[str, Any] = {}
+    source = "import time\ndef timed(phase, info):\n    time.perf_counter()\n"
+    exec(compile(source, str(tmp_path / "user.py"), "exec"), space)
+    gc.callbacks.append(space["timed"])
+    finder = Finder(CPU)
+    try:
+        with finder.watch():
+            rings = [[] for _ in range(100_000)]
+            for ring in rings:
+                ring.append(ring)
+    finally:
+        gc.callbacks.remove(space["timed"])
+    assert finder.findings == [] and gc.isenabled()
 
 
 def test_finder_leaves_a_profiler_alone():

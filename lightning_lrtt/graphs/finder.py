@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import gc
 import inspect
 import random
 import sys
@@ -122,6 +123,8 @@ class Finder:
     def watch(self) -> Iterator[None]:
         """Look at everything within. A profiler that is at work is left alone; then operators only are seen."""
         free, before = sys.getprofile() is None, _numpy_state()
+        collecting = gc.isenabled()
+        gc.disable()  # what a collection calls (a clock, in hypothesis; finalisers) is no part of the step
         if free:
             sys.setprofile(self._on_call)
         else:
@@ -132,6 +135,8 @@ class Finder:
         finally:
             if free:
                 sys.setprofile(None)
+            if collecting:
+                gc.enable()
         if _numpy_state() != before:  # its compiled methods call no profiler
             self.add("frozen", "random numbers are drawn on the host (numpy.random)", "an unknown line")
 

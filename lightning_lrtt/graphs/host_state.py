@@ -72,7 +72,7 @@ class HostState:
         >>> module.calls, module.outputs = 0, []
         >>> before = HostState({"net": module})
         >>> module.calls += 1
-        >>> module.outputs.append(torch.ones(1))
+        >>> module.outputs.append(1.0)
         >>> before.changes()
         ['net.calls', 'net.outputs']
     """
@@ -180,7 +180,20 @@ class FrozenValues:
 
 
 def tensor_slots(modules: Mapping[str, nn.Module]) -> list[tuple[dict[str, Any], str]]:
-    """Where plain attributes, no parameters or buffers, hold tensors that a step may write to: dictionary and key."""
+    """Where plain attributes, no parameters or buffers, hold tensors that a step may write to.
+
+    Args:
+        modules: The modules.
+
+    Returns:
+        Dictionary and key of each.
+
+    Example:
+        >>> module = nn.Linear(2, 1)
+        >>> module.mean = module.weight.detach().mean()
+        >>> [key for _, key in tensor_slots({"": module})]
+        ['mean']
+    """
     return [
         (holder, key)
         for _, holder in _holders(modules, frozenset(), buffers=False)

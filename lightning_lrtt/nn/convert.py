@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -40,7 +41,8 @@ def convert_to_lrtt(
 
     Weights and biases keep their Parameter identity, so an optimizer built before keeps working. What cannot be a tile stays
     digital and is named in one log message: weights shared with a layer that is not converted, parametrized layers, layers
-    whose parent reads ``.weight`` itself (MultiheadAttention), grouped convolutions. Idempotent.
+    whose parent reads ``.weight`` itself (MultiheadAttention), grouped convolutions. Hooks of a layer go on with its tile.
+    The layer itself raises if something outside the module tree (a list, a closure) still calls it. Idempotent.
     Tiles are numbered by their place below ``module``, and a number makes a tile's random key: convert at the root of a
     model, or give separate conversions different seeds.
 
@@ -99,6 +101,8 @@ def convert_to_lrtt(
             own = dataclasses.replace(config, rank=min(d, k))
             lowered.append(f"{name or type(child).__name__} ({min(d, k)})")
         converted[id(child)] = kinds[type(child)].from_digital(child, own, tile=numbers[id(child)])
+        _share_hooks(child, converted[id(child)])
+        child.forward = partial(_gone, name or type(child).__name__)
     result: nn.Module | None = converted.get(id(module))
     if result is None:
         for parent in list(module.modules()):
@@ -131,16 +135,42 @@ def convert_to_digital(module: nn.Module) -> nn.Module:
         'Linear'
     """
     if isinstance(module, TileModule):
-        return module.to_digital()
+        return _share_hooks(module, module.to_digital())
     made: dict[int, nn.Module] = {}
     for parent in list(module.modules()):
         for name, child in list(parent._modules.items()):
             if isinstance(child, TileModule):
                 if id(child) not in made:
-                    made[id(child)] = child.to_digital()
+                    made[id(child)] = _share_hooks(child, child.to_digital())
                 _put(parent, name, made[id(child)])
     _enable_fast_paths(module)
     return module
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def _share_hooks(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Let ``new`` run the hooks of ``old``: the very dictionaries, so that handles go on removing from them."""
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
+    return new
+
+
+def _gone(name: str, *args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        f"convert_to_lrtt: layer {name!r} must be called in its module, where it is a tile now, but something outside the "
+        "module tree (a list, a closure) called the layer that it was; look it up in the module, e.g. with get_submodule"
+    )
 
 
 def _put(parent: nn.Module, name: str, child: nn.Module) -> None:
@@ -168,12 +198,22 @@ def _refuse(module: nn.Module, wanted: dict[str, Any]) -> dict[str, str]:
             refused[name] = f"a {type(child).__name__}, which may multiply in its own way"
         elif not isinstance(child.weight, nn.Parameter):
             refused[name] = "its weight is not a parameter"
+        elif not isinstance(child.bias, nn.Parameter | None):
+            refused[name] = "its bias is not a parameter"
+        elif 0 in child.weight.shape:
+            refused[name] = f"its weight {list(child.weight.shape)} is empty"
+        elif "forward" in child.__dict__:
+            refused[name] = "its forward was replaced"
         elif any(owner is not child for owner in owners[id(child.weight)]):
             refused[name] = "its weight is shared with another layer"
         elif getattr(child, "groups", 1) != 1:
             refused[name] = "grouped convolution"
         elif getattr(child, "padding_mode", "zeros") != "zeros":
             refused[name] = f"padding mode {child.padding_mode}"
+        elif getattr(child, "padding", 0) == "same" and any(
+            d * (k - 1) % 2 for d, k in zip(child.dilation, child.kernel_size, strict=True)
+        ):
+            refused[name] = "padding 'same' adds more on one side"
         elif child.weight.dtype not in (torch.float32, torch.float64):
             refused[name] = f"dtype {child.weight.dtype}"
     return refused

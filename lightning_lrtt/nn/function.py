@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def digital_read(tile: TileModule, x: Tensor) -> Tensor:
     """The tile's output by ordinary autograd; A and B get their exact gradients, C gets none."""
-    y = tile.project(x, tile.weight)
+    y = tile.project(x, tile.weight.detach())  # whoever unfroze it: C moves by transfers only
     return tile.with_mix(y, tile.project(x, tile.B), tile.A, tile.config.alpha)
 
 

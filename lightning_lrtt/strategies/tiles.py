@@ -219,9 +219,11 @@ class TileStrategy(_Base):
             )
         wrapped = LRTT(digital=optimizer, tile_lr_scale=self.tile_lr_scale, on_nonfinite=self.on_nonfinite)
         tiles = wrapped.tiles()
-        if not tiles:
+        if not tiles and not find_tiles(self.lightning_module):
             return optimizer
         wrapped.optimizer = optimizer  # type: ignore[attr-defined]  # by this LearningRateMonitor takes both for one
+        if not tiles:  # they may come later: BackboneFinetuning adds what it unfreezes
+            return wrapped
         on_tiles = {id(p) for tile, _ in tiles for p in (tile.weight, tile.A, tile.B)}
         others = sum(id(p) not in on_tiles for group in wrapped.param_groups for p in group["params"])
         log.info(
