@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, Sessi
 from lightning_lrtt import LRTT, presets
 from lightning_lrtt.config import LRTTConfig
 from lightning_lrtt.devices import Device
+from lightning_lrtt.nn import TileModule
 
 _EVALUATION = ("val", "valid", "validation", "test")
 _FIRST = {f"lrtt/{name}" for name in ("rank", "transfer_every", "fast_device", "lr", "transfer_mode")}
@@ -145,10 +147,50 @@ def _of(name: str, kind: str) -> bool:
     return name.startswith((f"{kind}/", f"{kind}_"))
 
 
-def hyperparameters(trainer: pl.Trainer, config: LRTTConfig) -> dict[str, Any]:
-    """What the strategy, the tiles' configuration and the optimizers were told, flat, for a table."""
+def hyperparameters(trainer: pl.Trainer, tiles: Iterable[TileModule]) -> dict[str, Any]:
+    """What the tiles, the optimizers and the Trainer were told, flat, for a table; ``mixed`` where tiles differ."""
+    first, *others = [_of_config(config) for config in _configs(getattr(trainer.strategy, "config", None), tiles)]
+    values = {name: v if all(other[name] == v for other in others) else "mixed" for name, v in first.items()}
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, LRTT):
+            group = optimizer.param_groups[0]
+            lr = group.get("initial_lr", group["lr"])  # a scheduler that warms up has scaled the other one
+            values["lr"] = float(lr) if isinstance(lr, torch.Tensor) else lr
+            values["tile_lr_scale"] = optimizer.tile_lr_scale
+            values["optimizer"] = type(optimizer.digital).__name__
+            break
+    values["precision"] = str(trainer.precision)
+    values["workers"] = trainer.world_size
+    values["accumulate_grad_batches"] = trainer.accumulate_grad_batches
+    return {f"lrtt/{name}": value for name, value in values.items()}
+
+
+def _configs(given: Any, tiles: Iterable[TileModule]) -> list[LRTTConfig]:
+    """The configurations of the tiles, each once, with the rank that was asked for where the layer is too small for it.
+
+    The strategy's is among them only if some tile has it: tiles that were there before have their own.
+    """
+    tiles = list(tiles)
+    asked = [given] if isinstance(given, LRTTConfig) else []
+    for config in sorted((tile.config for tile in tiles), key=lambda config: -config.rank):
+        asked += [] if config in asked else [config]
+    found: list[LRTTConfig] = []
+    for tile in tiles:
+        config = next(config for config in asked if _has(tile, config))
+        found += [] if config in found else [config]
+    return found
+
+
+def _has(tile: TileModule, config: LRTTConfig) -> bool:
+    own = tile.config
+    lowered = own.rank == min(tile.tile_shape) and config.rank > own.rank
+    names = (field.name for field in dataclasses.fields(config) if not (lowered and field.name == "rank"))
+    return all(getattr(own, name) == getattr(config, name) for name in names)
+
+
+def _of_config(config: LRTTConfig) -> dict[str, Any]:
     pulse, transfer = config.pulse, config.transfer_pulse
-    values: dict[str, Any] = {
+    return {
         "rank": config.rank,
         "transfer_every": config.transfer_every,
         "transfer_unit": config.transfer_unit,
@@ -167,17 +209,6 @@ def hyperparameters(trainer: pl.Trainer, config: LRTTConfig) -> dict[str, Any]:
         "io": config.io is not None,
         "seed": config.seed,
     }
-    for optimizer in trainer.optimizers:
-        if isinstance(optimizer, LRTT):
-            lr = optimizer.param_groups[0]["lr"]
-            values["lr"] = float(lr) if isinstance(lr, torch.Tensor) else lr
-            values["tile_lr_scale"] = optimizer.tile_lr_scale
-            values["optimizer"] = type(optimizer.digital).__name__
-            break
-    values["precision"] = str(trainer.precision)
-    values["workers"] = trainer.world_size
-    values["accumulate_grad_batches"] = trainer.accumulate_grad_batches
-    return {f"lrtt/{name}": value for name, value in values.items()}
 
 
 def _name(device: Device | None) -> str:

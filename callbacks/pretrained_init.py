@@ -105,7 +105,11 @@ class PretrainedInit(Callback):
             self.pretrained.restored(pl_module, trainer.strategy.root_device)
 
     def _apply(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._by_strategy:
+        if self._by_strategy:
+            return
+        if trainer.ckpt_path is not None:  # Lightning calls on_load_checkpoint only if the file has states of callbacks
+            self.pretrained.restored(pl_module, trainer.strategy.root_device)
+        else:
             self.pretrained.apply(pl_module, trainer.strategy.root_device, bar_of(trainer))
             self.pretrained.prefetch()
 

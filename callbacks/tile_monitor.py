@@ -189,8 +189,7 @@ class TileMonitor(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._find(pl_module)
         if self._tiles and writers(trainer):
-            config = getattr(trainer.strategy, "config", None) or next(iter(self._tiles.values())).config
-            self._hparams.begin(trainer, hyperparameters(trainer, config))
+            self._hparams.begin(trainer, hyperparameters(trainer, self._tiles.values()))
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -115,9 +115,12 @@ def _condense(text: str) -> str:
         names = _parameters(classes[-1]) if classes else []
         return _wrong_name(path + " key" if path else "the key", found[1], names)
     if found := re.match(r"Expected a dot import path string: (.*)", leaf):
-        names = [name for base in _subtypes(text) for name in _subclasses(base)]
+        kinds = {kind.__name__: kind for base in _subtypes(text) for kind in _subclasses(base)}
+        if found[1] in kinds:  # jsonargparse looks names up for the outer class only
+            rule = "the full dotted path of a class where it is an argument of another"
+            return f"{where}must be {rule}, got {found[1]!r}; write {_path(kinds[found[1]])!r}"
         rule = "a class: its dotted path, or the name of one that is known here"
-        return f"{where}must be {rule}, got {found[1]!r}{_neighbour(found[1], names)}"
+        return f"{where}must be {rule}, got {found[1]!r}{_neighbour(found[1], kinds)}"
     if re.match(r"No module named|module '.*' has no attribute", leaf) and classes:
         module, _, name = classes[-1].rpartition(".")
         near = _neighbour(name, dir(_import(module)) if _import(module) is not None else [])
@@ -156,14 +159,23 @@ def _parameters(path: str) -> list[str]:
     return [] if kind is None else [p for p in inspect.signature(kind).parameters if p != "self"]
 
 
-def _subclasses(path: str) -> list[str]:
+def _subclasses(path: str) -> list[type]:
     module, _, name = path.rpartition(".")
-    todo, names = [getattr(_import(module), name, None)] if module else [], []
+    todo, kinds = [getattr(_import(module), name, None)] if module else [], []
     while todo:
         kind = todo.pop()
-        names += [] if kind is None else [kind.__name__]
+        kinds += [] if kind is None else [kind]
         todo += [] if kind is None else kind.__subclasses__()
-    return [name for name in names if not name.startswith("_")]
+    return [kind for kind in kinds if not kind.__name__.startswith("_")]
+
+
+def _path(kind: type) -> str:
+    """The shortest dotted path that leads to a class."""
+    parts = kind.__module__.split(".")
+    places = (".".join(parts[:k]) for k in range(1, len(parts) + 1))
+    return next(
+        (f"{p}.{kind.__name__}" for p in places if getattr(_import(p), kind.__name__, None) is kind), kind.__qualname__
+    )
 
 
 def _wrong_name(what: str, given: str, names: Iterable[str]) -> str:

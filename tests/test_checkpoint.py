@@ -572,6 +572,29 @@ def together(count: int, work: Any) -> list[Any]:
     return found
 
 
+def test_an_empty_tensor_has_no_bad_values(tmp_path: Path) -> None:
+    """Regression: ``range() arg 3 must not be zero``."""
+    save_file({"full": torch.ones(3, 2), "empty": torch.zeros(0, 4)}, tmp_path / "a.safetensors")
+    with LazyCheckpoint.open(tmp_path / "a.safetensors", verify="values") as checkpoint:
+        assert checkpoint["empty"].load().shape == (0, 4)
+        assert checkpoint["full"].load().eq(1).all()
+
+
+@pytest.mark.parametrize("piece", [64, 4 << 20])
+def test_the_same_bytes(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tensors that differ in nothing, in the last number, the shape or the type."""
+    monkeypatch.setattr("lightning_lrtt.weights.tensor._PIECE", piece)
+    one = torch.arange(100.0).view(10, 10)
+    other = one.clone()
+    other[-1, -1] = 0.0
+    tensors = {"same": one.clone(), "last": other, "shape": one.view(20, 5), "type": one.to(torch.int32)}
+    empty = {"none": torch.zeros(0, 3), "no": torch.zeros(0, 3)}
+    save_file({name: t.clone() for name, t in ({"one": one} | tensors | empty).items()}, tmp_path / "a.safetensors")
+    with LazyCheckpoint.open(tmp_path / "a.safetensors") as checkpoint:
+        assert [name for name in tensors if checkpoint["one"].same_bytes(checkpoint[name])] == ["same"]
+        assert checkpoint["none"].same_bytes(checkpoint["no"])
+
+
 def test_eight_threads_and_twelve_tensors_are_twelve_loads(tmp_path: Path) -> None:
     tensors = {f"t{i}": (values(64, 256, seed=i), Kind.Q8_0) for i in range(12)}
     checkpoint = LazyCheckpoint.open(write_gguf(tmp_path / "a.gguf", tensors))

@@ -143,6 +143,20 @@ def test_round_trip_of_the_saved_config(folder: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_lists_in_yaml_are_nodes_of_a_device(folder: Path) -> None:
+    """Regression: unhashable type: 'list', in a device and in the cells of a pair; also from the saved config.yaml."""
+    nodes = {"piecewise_up": [1, 0.5], "piecewise_down": [0.5, 1.0]}
+    cell = {"class_path": "lightning_lrtt.devices.PiecewiseStep", "init_args": nodes}
+    pair = {"class_path": "OneSided", "init_args": {"device": cell}}
+    config = yaml.safe_load(CONFIG)
+    config["trainer"]["strategy"]["init_args"]["config"] |= {"fast_device": pair, "visible_device": cell}
+    (folder / "fit.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "--config", "fit.yaml"])
+    main(["fit", "--config", str(run(folder, 0) / "config.yaml")])
+    one, other = weights(folder, 0), weights(folder, 1)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_the_command_exits_0_and_says_nothing_odd(folder: Path) -> None:
     """As a process: no traceback, no warning, the strategy's one line, and the test table."""
     command = [sys.executable, "-m", "lightning_lrtt.cli", "fit", "--config", "fit.yaml", "--test_after_fit=true"]

@@ -65,6 +65,27 @@ def test_one_line(folder: Path, capfd: pytest.CaptureFixture[str], args: list[st
         assert word.lower() in lines[0].lower()
 
 
+def test_a_class_within_a_class_needs_its_path(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    """Regression: "got 'SoftBounds'; did you mean 'SoftBounds'?"."""
+    text = (folder / "fit.yaml").read_text()
+    outer = "class_path: ConstantStep\n          init_args: {dw_min: 0.002}"
+    assert outer in text
+    for name, words in (
+        ("SoftBounds", "; write 'lightning_lrtt.devices.SoftBounds'"),
+        ("SoftBound", "; did you mean 'SoftBounds'?"),
+    ):
+        pair = f"class_path: OneSided\n          init_args: {{device: {{class_path: {name}}}}}"
+        (folder / "fit.yaml").write_text(text.replace(outer, pair))
+        status, lines = said(FIT, capfd)
+        assert status == 2
+        assert len(lines) == 1
+        assert f"got '{name}'{words}" in lines[0]
+        assert "visible_device: must be " in lines[0]
+    path = "lightning_lrtt.devices.SoftBounds"
+    (folder / "fit.yaml").write_text(text.replace(outer, pair.replace("SoftBound}", path + "}")))
+    main(FIT)
+
+
 def test_everything_on_request(
     folder: Path,  # noqa: F811
     capfd: pytest.CaptureFixture[str],

@@ -471,6 +471,15 @@ def test_types_are_checked():
         devices.SoftBounds().dw_min = 2.0
 
 
+def test_nodes_may_be_lists():
+    """Regression: YAML hands lists over, and the frozen device had no hash."""
+    given = devices.PiecewiseStep(piecewise_up=[1.0, 0.5], piecewise_down=[0.5, 1.0])
+    assert given == devices.PiecewiseStep(piecewise_up=(1.0, 0.5), piecewise_down=(0.5, 1.0))
+    assert hash(given) == hash(devices.PiecewiseStep(piecewise_up=(1.0, 0.5), piecewise_down=(0.5, 1.0)))
+    with pytest.raises(ValueError, match=r"piecewise_down must be as long as piecewise_up \(2\), got \[1\.0\]"):
+        devices.PiecewiseStep(piecewise_up=[1.0, 0.5], piecewise_down=[1.0])
+
+
 def test_worked_example_is_the_code():
     """Every block of docs/adding_a_device.md stands in the sources that the page names."""
     root = Path(__file__).parents[1]

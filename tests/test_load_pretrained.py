@@ -19,16 +19,18 @@ from torch import Tensor, nn
 from weights_helpers import Llama, decoded, write_gguf, write_llama
 
 from lightning_lrtt import LRTT, LRTTConfig, convert_to_digital, convert_to_lrtt, devices
-from lightning_lrtt.export import digital_state_dict
+from lightning_lrtt.export import digital_state_dict, export_checkpoint
 from lightning_lrtt.nn import LRTTConv2d, LRTTLinear, find_tiles
 from lightning_lrtt.nn.average import average_effective_weights
 from lightning_lrtt.weights import (
     CheckpointChangedError,
     CheckpointMismatchError,
     LazyCheckpoint,
+    Pretrained,
     Transform,
     load_pretrained,
 )
+from lightning_lrtt.weights.inspect import describe
 
 DIGITAL = LRTTConfig(rank=2)
 TIGHT = LRTTConfig(rank=2, reinit_gain=1.0, visible_device=devices.Ideal(w_max=0.125, w_min=-0.125))
@@ -170,6 +172,28 @@ def test_ties(tmp_path: Path) -> None:
         load_pretrained(Llama(tied=True), tmp_path / "own.gguf")
 
 
+def test_the_names_of_a_tied_parameter_may_all_be_in_the_file(tmp_path: Path) -> None:
+    """Regression: `lrtt export` writes them all; strict loading refused what the first one did not use."""
+    source = convert_to_lrtt(Llama(tied=True), DIGITAL)
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    written = export_checkpoint(tmp_path / "a.pt", tmp_path / "a.safetensors")
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(written)
+    for names in ("auto", {}, lambda name: name):
+        module = Llama(tied=True)
+        report = load_pretrained(module, tmp_path / "a.safetensors", names=names)
+        assert not report.unexpected
+        assert same_bits(module.lm_head.weight.detach(), source.lm_head.weight.detach())
+    with LazyCheckpoint.open(tmp_path / "a.safetensors") as checkpoint:
+        page = describe(checkpoint, Llama(tied=True))
+        assert page.startswith("problems: none\n")
+        assert "model.embed_tokens.weight (a copy)" in page
+        state = {name: tensor.load() for name, tensor in checkpoint.items()}
+    for other in (state["lm_head.weight"] + 1, state["lm_head.weight"].half(), state["lm_head.weight"][:9]):
+        save_file(state | {"lm_head.weight": other.contiguous()}, tmp_path / "b.safetensors")
+        with pytest.raises(CheckpointMismatchError, match=r"unexpected in the file \(1\): lm_head.weight"):
+            load_pretrained(Llama(tied=True), tmp_path / "b.safetensors")
+
+
 def test_a_shared_source_is_decoded_once_within_the_budget(tmp_path: Path) -> None:
     expected = write_llama(tmp_path / "tied.gguf", head=False)
     for budget, loads in ((0, 0), (1 << 20, 1)):
@@ -228,6 +252,34 @@ def test_transforms_of_the_user_and_of_gpt2(tmp_path: Path) -> None:
         convert_to_digital(model)
         for name, value in model.named_parameters():
             assert same_bits(value.detach(), state[name]), name
+
+
+@pytest.mark.parametrize(
+    ("transforms", "message"),
+    [
+        ({"wieght": "transpose"}, "must be given for parameters, but 'wieght' matches none of 2, such as 'w', 'n'"),
+        ({"w": "transpose", "layers.*": "none"}, r"but 'layers.\*' matches none of 2"),
+        ({"layers.*": "turn"}, r"must be Transform or one of .*, got 'turn' for 'layers.\*'"),
+        ({"w": None}, "must be Transform or one of .*, got None for 'w'"),
+    ],
+)
+def test_transforms_that_would_do_nothing(transforms: Any, message: str, tmp_path: Path) -> None:
+    """Regression: a mistyped pattern was ignored, and with it a mistyped name."""
+    save_file({"w": torch.ones(3, 3), "n": torch.ones(3)}, tmp_path / "a.safetensors")
+    module = nn.ParameterDict({"w": torch.zeros(3, 3), "n": torch.zeros(3)})
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(module, tmp_path / "a.safetensors", transforms=transforms)
+    assert not module["w"].any()
+
+
+def test_a_transform_may_be_given_by_any_name_of_a_tied_parameter(tmp_path: Path) -> None:
+    tied = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
+    tied["b"].weight = tied["a"].weight
+    stored = torch.randn(3, 3)
+    save_file({"a.weight": stored}, tmp_path / "a.safetensors")
+    for name in ("a.weight", "b.weight"):
+        load_pretrained(tied, tmp_path / "a.safetensors", transforms={name: "transpose"})
+        assert same_bits(tied["a"].weight.detach(), stored.t().contiguous())
 
 
 # ------------------------------------------------------------------ names and shapes
@@ -362,6 +414,27 @@ def test_parameters_keep_their_identity(tmp_path: Path) -> None:
     for name, parameter in module.named_parameters():
         assert parameter is before[name][0]
         assert parameter.data_ptr() == before[name][1]
+
+
+@pytest.mark.parametrize("mode", ["progressive", "lazy"])
+def test_other_strides(mode: Any, tmp_path: Path) -> None:
+    """Regression: a digital convolution in channels_last raised after parameters before it had been overwritten."""
+
+    def layers() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)).to(memory_format=torch.channels_last)
+
+    source, module, x = layers(), layers(), torch.randn(2, 3, 8, 8)
+    save_file({name: value.contiguous() for name, value in source.state_dict().items()}, tmp_path / "a.safetensors")
+    strides = [parameter.stride() for parameter in module.parameters()]
+    pretrained = Pretrained(str(tmp_path / "a.safetensors"), mode)
+    pretrained.apply(module, torch.device("cpu"))
+    if mode == "lazy":
+        assert all(parameter.view(-1)[0].isnan() for parameter in (module[0].bias, module[1].bias))
+        assert module[0].weight[0, 0, 0, 0].isnan()
+    assert same_bits(module(x).detach(), source(x).detach())
+    for name, value in module.state_dict().items():
+        assert same_bits(value, source.state_dict()[name]), name
+    assert [parameter.stride() for parameter in module.parameters()] == strides
 
 
 def test_convolutions(tmp_path: Path) -> None:

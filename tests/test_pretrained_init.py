@@ -70,6 +70,9 @@ class Net(pl.LightningModule):
 
     test_step = validation_step
 
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch[0])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.02)
 
@@ -302,6 +305,32 @@ def test_the_callback_under_a_stock_strategy(mode: Any, tmp_path: Path, llama: A
     resumed, again = PretrainedInit(path, mode), Net()
     trainer(tmp_path, "auto", [resumed], max_epochs=2).fit(again, loader(), ckpt_path=tmp_path / "end.ckpt")
     assert resumed.report is None
+
+
+@modes
+def test_a_checkpoint_of_weights_alone_is_not_overwritten(mode: Any, tmp_path: Path, llama: Any) -> None:
+    """Regression: such a file has no states of callbacks, so on_load_checkpoint is not called."""
+    saver = ModelCheckpoint(tmp_path, filename="end", save_weights_only=True)
+    fit, module = trainer(tmp_path, "auto", [saver, PretrainedInit(llama[0], mode)]), Net()
+    fit.fit(module, loader())
+    trained = copy.deepcopy(module.state_dict())
+    fit.test(module, loader(), ckpt_path="best", verbose=False)
+    assert all(same_bits(value, trained[name]) for name, value in module.state_dict().items())
+    assert "callbacks" not in torch.load(saver.best_model_path, weights_only=True)
+    for stage in ("validate", "test", "predict", "fit"):
+        callback, other = PretrainedInit(llama[0], mode), Net()
+        run = trainer(tmp_path, "auto", [callback])
+        if stage == "fit":  # Lightning goes on from no such file, after on_fit_start
+            with pytest.raises(KeyError, match="checkpoint contains only the model"):
+                run.fit(other, loader(), ckpt_path=saver.best_model_path)
+        elif stage == "predict":
+            run.predict(other, loader(), ckpt_path=saver.best_model_path)
+        else:
+            getattr(run, stage)(other, loader(), ckpt_path=saver.best_model_path, verbose=False)
+        assert callback.report is None
+        assert all(same_bits(value, trained[name]) for name, value in other.state_dict().items())
+        run.validate(other, loader(), verbose=False)  # nor later
+        assert all(same_bits(value, trained[name]) for name, value in other.state_dict().items())
 
 
 def test_callback_refusals(tmp_path: Path, llama: Any) -> None:

@@ -145,6 +145,44 @@ def test_hparams_with_the_metrics_of_validation_and_test(tmp_path: Path, save: b
     assert "log_hyperparams" not in vars(run.logger)
 
 
+class WithTiles(Net):
+    """Has tiles of its own; ``also``: a digital layer for the strategy, too. The learning rate warms up."""
+
+    def __init__(self, configs: tuple[LRTTConfig, LRTTConfig], also: bool = False) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [LRTTLinear(6, 5, config=configs[0]), LRTTLinear(5, 3, config=configs[1])]
+        self.net = nn.Sequential(*([nn.Linear(6, 6)] if also else []), *layers)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+        return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1)]
+
+
+def test_hparams_are_those_of_the_tiles(tmp_path: Path) -> None:
+    """Regression: the strategy's configuration was written though no tile had it, and a rate that a warm-up scaled."""
+    pulsed = presets.ecram(rank=2, transfer_every=5, seed=7)
+    low, other = LRTTConfig(rank=2, transfer_every=4), LRTTConfig(rank=1, transfer_every=5)
+    six = LRTTConfig(rank=6, transfer_every=5)  # 5 and 3 are all that the layers allow
+
+    def full(rank: int) -> LRTTConfig:
+        return LRTTConfig(rank=rank, transfer_every=5)
+
+    cases: list[tuple[Any, Any, bool, dict[str, Any]]] = [
+        (None, (pulsed, pulsed), False, {"rank": 2, "transfer_every": 5, "fast_device": "ecram", "seed": 7}),
+        (None, (low, other), False, {"rank": "mixed", "transfer_every": "mixed", "fast_device": "digital", "seed": 0}),
+        (None, (full(5), full(3)), False, {"rank": 5, "transfer_every": 5}),
+        (six, (full(5), full(3)), False, {"rank": 6, "transfer_every": 5}),
+        (six, (full(5), full(1)), False, {"rank": "mixed", "transfer_every": 5}),
+        (low, (pulsed, pulsed), True, {"rank": 2, "transfer_every": "mixed", "fast_device": "mixed", "alpha": 1.0}),
+    ]
+    for i, (given, own, also, expected) in enumerate(cases):
+        folder = tmp_path / str(i)
+        trainer(folder, [TileMonitor()], given or LRTTConfig(), max_steps=1).fit(WithTiles(own, also), loader(1))
+        values, _, _ = hparams(read(folder))
+        assert {name: values[f"lrtt/{name}"] for name in expected} == expected, i
+        assert values["lrtt/lr"] == 0.05
+
+
 def test_hparams_of_a_run_without_validation(tmp_path: Path) -> None:
     trainer(tmp_path, [TileMonitor()], DIGITAL).fit(Net(), loader())
     values, metrics, _ = hparams(read(tmp_path))

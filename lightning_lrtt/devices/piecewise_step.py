@@ -56,6 +56,8 @@ class PiecewiseStep(PulsedDevice):
             above=0.0,
             remedy="pulses are counted in the middle node's step",
         )
+        for name in ("piecewise_up", "piecewise_down"):  # YAML hands over lists, which have no hash
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def granularity(self) -> float:

@@ -20,8 +20,8 @@ DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.
 
 def resolve(
     targets: Mapping[str, Sequence[str]], checkpoint: LazyCheckpoint, names: Names
-) -> tuple[dict[str, LazyTensor], bool]:
-    """Find each target's tensor.
+) -> tuple[dict[str, list[LazyTensor]], bool]:
+    """Find each target's tensors.
 
     Args:
         targets: Name -> all its names (tied parameters have several).
@@ -29,7 +29,8 @@ def resolve(
         names: See `load_pretrained`.
 
     Returns:
-        Target -> tensor, for those that have one, and whether the names are the file's own.
+        Target -> the tensors that its names lead to, of which it takes the first, for those that have one; and whether
+        the names are the file's own.
     """
     if isinstance(names, str):
         if names != "auto":
@@ -39,17 +40,23 @@ def resolve(
             )
         return _auto(targets, checkpoint)
     find = _finder(names)
+
+    def lookup(name: str) -> LazyTensor | None:
+        source = find(name)
+        return source if source is None or isinstance(source, LazyTensor) else checkpoint.get(source)
+
+    return _look_up(targets, lookup), False
+
+
+def _look_up(
+    targets: Mapping[str, Sequence[str]], lookup: Callable[[str], LazyTensor | None]
+) -> dict[str, list[LazyTensor]]:
     found = {}
     for target, aliases in targets.items():
-        for alias in aliases:
-            source = find(alias)
-            if isinstance(source, LazyTensor):
-                found[target] = source
-                break
-            if source is not None and source in checkpoint:
-                found[target] = checkpoint[source]
-                break
-    return found, False
+        tensors = [tensor for tensor in map(lookup, aliases) if tensor is not None]
+        if tensors:
+            found[target] = tensors
+    return found
 
 
 def _finder(names: Any) -> Callable[[str], str | LazyTensor | None]:
@@ -72,7 +79,7 @@ def _finder(names: Any) -> Callable[[str], str | LazyTensor | None]:
     return replaced
 
 
-def _auto(targets: Mapping[str, Sequence[str]], checkpoint: LazyCheckpoint) -> tuple[dict[str, LazyTensor], bool]:
+def _auto(targets: Mapping[str, Sequence[str]], checkpoint: LazyCheckpoint) -> tuple[dict[str, list[LazyTensor]], bool]:
     """The most targets by one rule: names without a common beginning, as they are or through the architecture's map."""
     lookups: list[tuple[Callable[[str], LazyTensor | None], bool]] = [(checkpoint.get, True)]
     table = _architecture_map(checkpoint)
@@ -83,16 +90,14 @@ def _auto(targets: Mapping[str, Sequence[str]], checkpoint: LazyCheckpoint) -> t
         ]
     elif checkpoint.format == "safetensors":
         lookups.append((lambda name: checkpoint.get("model." + name), True))
-    best: tuple[dict[str, LazyTensor], bool] = {}, True
+    best: tuple[dict[str, list[LazyTensor]], bool] = {}, True
     for prefix in _prefixes(targets):
         for lookup, exact in lookups:
-            found = {}
-            for target, aliases in targets.items():
-                for alias in aliases:
-                    tensor = lookup(alias.removeprefix(prefix)) if alias.startswith(prefix) else None
-                    if tensor is not None:
-                        found[target] = tensor
-                        break
+            within = {
+                target: [alias.removeprefix(prefix) for alias in aliases if alias.startswith(prefix)]
+                for target, aliases in targets.items()
+            }
+            found = _look_up(within, lookup)
             if len(found) > len(best[0]):
                 best = found, exact
         if len(best[0]) == len(targets):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -98,14 +99,30 @@ def by_architecture(checkpoint: LazyCheckpoint, source: str) -> Transform:
     return Transform()
 
 
-def by_pattern(transforms: Mapping[str, Transform | str], target: str) -> Transform:
-    """The transform that the user gave for a parameter's name."""
+def check_patterns(transforms: Mapping[str, Transform | str], names: Sequence[str]) -> None:
+    """Refuse what would do nothing.
+
+    Raises:
+        ValueError: If a value is no transform, or a pattern matches none of ``names``.
+    """
     for pattern, what in transforms.items():
-        if fnmatchcase(target, pattern):
-            if isinstance(what, str) and what not in _NAMED:
-                raise ValueError(
-                    f"load_pretrained: transforms must be Transform or one of {', '.join(_NAMED)}, got {what!r}"
-                )
+        if not isinstance(what, Transform) and not (isinstance(what, str) and what in _NAMED):
+            raise ValueError(
+                f"load_pretrained: transforms must be Transform or one of {', '.join(_NAMED)}, got {what!r} for {pattern!r}"
+            )
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = get_close_matches(pattern, names, n=3, cutoff=0.0)
+            raise ValueError(
+                f"load_pretrained: transforms must be given for parameters, but {pattern!r} matches none of "
+                f"{len(names)}, such as {', '.join(map(repr, near))}; patterns are globs on qualified names, e.g. "
+                "'*.c_attn.weight'"
+            )
+
+
+def by_pattern(transforms: Mapping[str, Transform | str], names: Iterable[str]) -> Transform:
+    """The transform that the user gave for a parameter, by one of its names; they have passed `check_patterns`."""
+    for pattern, what in transforms.items():
+        if any(fnmatchcase(name, pattern) for name in names):
             return _NAMED[what] if isinstance(what, str) else what
     return Transform()
 

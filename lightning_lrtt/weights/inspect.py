@@ -97,6 +97,8 @@ def _places(plan: LoadPlan) -> dict[str, str]:
     for entry in plan.entries:
         said = f" ({entry.transform})" if str(entry.transform) else ""
         found.setdefault(entry.source.name, []).append(entry.name + said)
+    for copy, name in plan.copies.items():
+        found.setdefault(copy, []).append(f"{name} (a copy)")
     return {name: ", ".join(names) for name, names in found.items()}
 
 
@@ -135,7 +137,7 @@ def main(args: Sequence[str]) -> None:
         prog="lrtt inspect",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Show the tensors of a GGUF or safetensors checkpoint, their types and sizes, and what would\n"
-        "go where, problems first. Only the header is read.",
+        "go where, problems first. Only the header is read (and what a tied parameter has twice).",
         epilog="examples:\n  lrtt inspect model.gguf\n"
         "  lrtt inspect model.gguf --module examples.gguf_finetune.model.ByteLlama --init-args '{\"layers\": 2}'",
     )

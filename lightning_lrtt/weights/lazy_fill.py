@@ -53,7 +53,7 @@ class LazyFill:
             for entry in plan.entries:
                 memory = getattr(entry.owner, entry.attr).detach()
                 if memory.is_floating_point() and memory.numel():
-                    memory.reshape(-1)[:1].fill_(torch.nan)
+                    memory[(0,) * memory.dim()] = torch.nan  # a flat view would be a copy where strides are others
         if not plan.entries:
             self._end()
 

@@ -32,7 +32,7 @@ def load_pretrained(
 ) -> LoadReport:
     """Decode a checkpoint into the parameters of a module, in place and one after the other.
 
-    All names and shapes are resolved before any tensor is read. C of an LR-TT tile takes its digital layer's weight:
+    All names and shapes are resolved before any parameter changes. C of an LR-TT tile takes its digital layer's weight:
     it is clipped to its device, and the factors start afresh, as when a digital state dict is loaded. A and B are not
     expected in the file. Buffers are filled where the file has them.
 
@@ -43,7 +43,8 @@ def load_pretrained(
             table for the file's architecture, without a common beginning such as ``model.``. A dict from names to names
             (or to a `LazyTensor`, such as rows of a fused one); a sequence of (regex, replacement), of which the first
             that is found is applied; a callable. What a dict or the regexes leave out keeps its name.
-        strict: Raise if anything is missing, unexpected or of another shape; False loads what fits.
+        strict: Raise if anything is missing, unexpected or of another shape; False loads what fits. What a file holds
+            of a tied parameter under its other names must have the same bytes.
         transforms: Glob on parameter names -> `Transform`, ``transpose``, ``minus_one`` or ``none``. None: what the
             file's architecture needs (GGUF files of the llama family hold permuted rows of q and k); ``{}``: nothing.
         output_scale: Divide weights beyond the mean bounds of a tile's device by a power of two that the tile
@@ -59,7 +60,8 @@ def load_pretrained(
             the file does not have.
         CheckpointFormatError: If the file breaks its format's rules.
         CheckpointChangedError: If it changes meanwhile.
-        ValueError: If the value transforms of the file's architecture are unknown and none are given.
+        ValueError: If the value transforms of the file's architecture are unknown and none are given, or a given one is
+            no transform or its glob matches nothing.
 
     Example:
         >>> import tempfile, torch

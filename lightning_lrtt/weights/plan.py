@@ -1,4 +1,4 @@
-"""Names, shapes and transforms of a load, all decided before any tensor is read; and the filling of one parameter."""
+"""Names, shapes and transforms of a load, decided before any parameter changes; and the filling of one parameter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_lrtt.nn import TileModule
 from lightning_lrtt.weights import _names
-from lightning_lrtt.weights._transforms import Transform, by_architecture, by_pattern
+from lightning_lrtt.weights._transforms import Transform, by_architecture, by_pattern, check_patterns
 from lightning_lrtt.weights._types import can_decode
 from lightning_lrtt.weights.checkpoint import LazyCheckpoint
 from lightning_lrtt.weights.errors import CheckpointMismatchError
@@ -58,6 +58,7 @@ class LoadPlan:
     unexpected: list[str]
     mismatched: dict[str, str]
     output_scale: bool = True
+    copies: dict[str, str] = field(default_factory=dict)  # tensors that a tied parameter has twice, and its name
     _loaded: list[str] = field(default_factory=list)
     _converted: dict[str, str] = field(default_factory=dict)
     _scales: dict[str, float] = field(default_factory=dict)
@@ -75,7 +76,9 @@ class LoadPlan:
     def fill(self, entry: Entry) -> None:
         """Decode one tensor into its parameter; a tile starts over from it."""
         start = time.perf_counter()
-        out = entry.destination()
+        memory = out = entry.destination()
+        if out.dim() > 2 and not out.is_contiguous():  # channels_last, say: no view of it has rows
+            out = torch.empty_like(out, memory_format=torch.contiguous_format)
         rows = entry.transform.rows(entry.source)
         if rows is None and self.checkpoint.flight.budget and self._shared(entry.source):
             out.copy_(entry.source.load(out.device))
@@ -86,6 +89,8 @@ class LoadPlan:
             entry.source.into(out, rows)
         if entry.transform.shift:
             out.add_(entry.transform.shift)
+        if out is not memory:
+            memory.copy_(out)
         said = (
             [f"{entry.source.type} to {str(out.dtype).removeprefix('torch.')}"]
             if entry.source.type.plain != out.dtype
@@ -170,17 +175,19 @@ def make_plan(
 
     Raises:
         CheckpointMismatchError: If something does not fit.
-        ValueError: If the architecture's transforms are unknown.
+        ValueError: If the architecture's transforms are unknown, or a given one is, or its pattern matches nothing.
     """
     checkpoint.check()
     places = _targets(module)
     targets = {name: aliases for name, (_, _, aliases, _) in places.items()}
+    if transforms is not None:
+        check_patterns(transforms, [alias for aliases in targets.values() for alias in aliases])
     found, exact = _names.resolve(targets, checkpoint, names)
-    entries, mismatched = [], {}
-    for name, source in found.items():
+    entries, mismatched, copies = [], {}, {}
+    for name, (source, *others) in found.items():
         owner, attr, _, _ = places[name]
         if transforms is not None:
-            transform = by_pattern(transforms, name)
+            transform = by_pattern(transforms, targets[name])
         elif exact or checkpoint.format != "gguf":
             transform = Transform()
         else:
@@ -199,8 +206,11 @@ def make_plan(
                 )
             transform.rows(source)
             entries.append(entry)
+            copies.update(
+                {other.name: name for other in others if other.name != source.name and other.same_bytes(source)}
+            )
     missing = [name for name, (_, _, _, is_buffer) in places.items() if name not in found and not is_buffer]
-    used = {source.name for source in found.values()}
+    used = copies.keys() | {sources[0].name for sources in found.values()}
     unexpected = [name for name in checkpoint if name not in used and name not in _names.DERIVED]
     empty = set(uninitialised or ())
     covered = {alias for entry in entries for alias in targets[entry.name]}
@@ -212,7 +222,7 @@ def make_plan(
             f"load_pretrained: tensors on the meta device must be in {checkpoint.path}, but are not: {', '.join(lost)}; "
             "build them with memory (outside of torch.device('meta')), or map them with names="
         )
-    return LoadPlan(checkpoint, entries, missing, unexpected, mismatched, output_scale)
+    return LoadPlan(checkpoint, entries, missing, unexpected, mismatched, output_scale, copies)
 
 
 def _targets(module: nn.Module) -> dict[str, tuple[nn.Module, str, list[str], bool]]:

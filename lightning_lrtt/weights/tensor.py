@@ -138,6 +138,8 @@ class LazyTensor:
         Raises:
             CheckpointFormatError: At the first that is not finite, with its byte position.
         """
+        if not self.nbytes:
+            return
         unit = self.type.width
         for first, raw in self._pieces(unit):
             blocks = raw.numpy().reshape(-1, unit)
@@ -159,6 +161,16 @@ class LazyTensor:
                     position,
                     f"the scale of a {self.type} block must be finite, but is not",
                 )
+
+    def same_bytes(self, other: LazyTensor) -> bool:
+        """Whether another tensor has this shape and type, and the same bytes in its file; reads both."""
+        if (self.shape, self.type, self.nbytes) != (other.shape, other.type, other.nbytes):
+            return False
+        if not self.nbytes:
+            return True
+        unit = self.type.width
+        both = zip(self._pieces(unit), other._pieces(unit), strict=True)
+        return all(torch.equal(mine, theirs) for (_, mine), (_, theirs) in both)
 
     def _pieces(self, unit: int) -> Iterator[tuple[int, Tensor]]:
         """(index of the first unit, raw bytes) of pieces of whole units, in one buffer that is used again."""
