@@ -300,6 +300,60 @@ def test_unregistered_state_is_an_error(missing: str) -> None:
         engine.run(torch.randn(3, 2), torch.randn(3, 2))
 
 
+@pytest.mark.parametrize("nudge_from", ["free", "start"])
+@pytest.mark.parametrize("where", ["free", "nudged", "commit"])
+def test_a_step_that_fails_changes_nothing(where: str, nudge_from: Any) -> None:
+    """Field, generator and the warm start stand as before the step, whichever phase raises, an interrupt included; the
+    next step is the one that would have been.
+    """
+
+    class Failing(Noisy):
+        fails = False
+
+        def window(self, **kwargs: Any) -> Any:
+            states = super().window(**kwargs)
+            if self.fails and where == ("free" if kwargs["beta"] is None else "nudged"):
+                raise KeyboardInterrupt
+            return states
+
+        def commit(self, **kwargs: Any) -> None:
+            if self.fails and where == "commit":
+                raise MemoryError("no memory left")
+
+    x, y = torch.randn(3, 2), torch.randn(3, 2)
+    engines = [
+        TwoPhase(Failing(), estimator("centered"), 4, 4, nudge_from=nudge_from, init="previous") for _ in range(2)
+    ]
+    previous = [engine.run(x, y).free for engine in engines]
+    system = engines[0].system
+    field, drawn = system.field.clone(), system.generator.get_state()
+    system.fails = True
+    with pytest.raises((KeyboardInterrupt, MemoryError)):
+        engines[0].run(x, y)
+    if where == "free":
+        with pytest.raises(KeyboardInterrupt):
+            engines[0].free(x)
+    assert torch.equal(system.field, field) and torch.equal(system.generator.get_state(), drawn)
+    assert engines[0].previous is previous[0]
+    system.fails = False
+    one, other = (engine.run(x, y) for engine in engines)
+    assert torch.equal(one.free["s"], other.free["s"])
+
+
+def test_the_first_error_is_the_one_that_is_seen() -> None:
+    """Registered state that can no longer be written, as on a device that failed."""
+
+    class Broken(Noisy):
+        def window(self, **kwargs: Any) -> Any:
+            self.field.resize_(5)
+            raise MemoryError("no memory left")
+
+    for call in ("run", "free"):
+        engine = TwoPhase(Broken(), estimator("positive"), 2, 2)
+        with pytest.raises(MemoryError, match="no memory left"):
+            getattr(engine, call)(*([torch.randn(3, 2)] * (2 if call == "run" else 1)))
+
+
 def test_weights_must_not_move_between_phases() -> None:
     class Drifting(Noisy):
         def window(self, **kwargs: Any) -> Any:
@@ -335,6 +389,19 @@ def test_previous_states_start_the_next_batch() -> None:
     assert all(torch.equal(outcome.free[name], longer[name]) for name in longer)
     smaller = engine.run(X[:5], Y[:5])  # another shape starts from zeros
     assert all(torch.equal(smaller.free[name], s) for name, s in engine.free(X[:5], 5).items())
+
+
+def test_previous_states_follow_the_start_to_its_device() -> None:
+    """Those of a checkpoint may lie on the CPU; the meta device stands for a GPU."""
+    system = network()
+    engine = TwoPhase(system, estimator("positive"), 5, 2, init="previous")
+    engine.previous = engine.free(X)
+    with torch.device("meta"):
+        context = system.to("meta").prepare(x=X.to("meta"), differentiable=False)
+    zeros = system.start(x=X.to("meta"), context=context)
+    system.start = lambda **kwargs: zeros  # type: ignore[method-assign]
+    moved = engine._start(X.to("meta"), context)
+    assert all(s.device.type == "meta" and s is not zeros[name] for name, s in moved.items())
 
 
 def test_tolerance_stops_early() -> None:

@@ -14,6 +14,7 @@ from lightning_lrtt.free_nudged import (
     Estimator,
     FreeNudgedModule,
     HopfieldConvNet,
+    HopfieldMLP,
     ResistiveLayer,
     ResistiveMLP,
     System,
@@ -151,11 +152,49 @@ def test_resistive_learns_with_conductances_above_zero() -> None:
         optimizer.zero_grad()
         outcome = module.engine.run(x, y)
         module.engine.surrogate(x, outcome).backward()
-        optimizer.step()
-        module.on_train_batch_end(None, None, 0)
+        module.optimizer_step(0, 0, optimizer)
         costs.append(float(outcome.cost))
         assert all(float(layer.conductance.min()) >= 0 for layer in system.layers)
     assert costs[-1] < 0.6 * costs[0]
+
+
+def test_a_node_without_conductance_stays_at_zero() -> None:
+    """A dead hidden node and a dead output: finite states in all phases and finite gradients of both kinds; the rest of
+    the network relaxes as a network that never had the hidden node.
+    """
+    system = resistive((12, 10, 4))
+    x, y = data()
+    with torch.no_grad():
+        system.layers[0].conductance[3] = system.layers[1].conductance[:, 3] = -0.1
+    system.project()
+    smaller = resistive((12, 10, 4))
+    left = [i for i in range(10) if i != 3]
+    with torch.no_grad():
+        smaller.layers[0].conductance = torch.nn.Parameter(system.layers[0].conductance[left])
+        smaller.layers[1].conductance = torch.nn.Parameter(system.layers[1].conductance[:, left])
+    context = smaller.prepare(x=x, differentiable=False)
+    assert all(bool(load.isfinite().all()) for load in context.loads)
+    hidden, outputs = settled(system, x).values()
+    assert bool((hidden[:, 3] == 0).all())
+    torch.testing.assert_close(outputs, _outputs_of(smaller, x), rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        system.layers[1].conductance[0] = 0.0  # an output node too: a nudge would push a current into nothing
+    outcome = (engine := TwoPhase(system, Estimator(), 30, 10)).run(x, y)
+    assert all(bool(v.isfinite().all()) for phase in outcome.phases for v in phase.states.values())
+    for found in (estimate(engine, x, y), bptt(system, x, y, 30)):
+        assert all(bool(g.isfinite().all()) for g in found.values())
+
+
+def _outputs_of(system: ResistiveMLP, x: Tensor) -> Tensor:
+    """Of a network with 4 nodes >= 0 and 5 nodes <= 0: sweeps by hand."""
+    g0, g1 = (layer.conductance.detach() for layer in system.layers)
+    inputs = system.gain * torch.cat([x, -x], 1)
+    out = torch.zeros(len(x), len(g1), dtype=x.dtype)
+    for _ in range(400):
+        hidden = (inputs @ g0.t() + out @ g1) / (g0.sum(1) + g1.sum(0))
+        hidden = torch.cat([hidden[:, :4].clamp(min=0.0), hidden[:, 4:].clamp(max=0.0)], 1)
+        out = hidden @ g1.t() / g1.sum(1)
+    return out
 
 
 def test_resistive_bad_input() -> None:
@@ -167,3 +206,81 @@ def test_resistive_bad_input() -> None:
         FreeNudgedModule(resistive(), Estimator(kind="contrastive"))
     with pytest.raises(ValueError, match="outputs must be >= 1, got 0"):
         ResistiveLayer(3, 0)
+
+
+# ------------------------------------------------------------------ mixed precision
+
+
+class ByEnergy(System):
+    """Two linear layers whose surrogate is the default one."""
+
+    def __init__(self) -> None:
+        super().__init__(rate=0.3)
+        self.a, self.b = torch.nn.Linear(12, 16), torch.nn.Linear(16, 4)
+
+    def start(self, *, x: Tensor, context: Any) -> dict[str, Tensor]:
+        return {"h": x.new_zeros(len(x), 16), "o": x.new_zeros(len(x), 4)}
+
+    def energy(self, *, x: Tensor, context: Any, states: dict[str, Tensor]) -> Tensor:
+        h, o = states["h"], states["o"]
+        coupled = (h.tanh() * self.a(x)).sum(1) + (o * self.b(h.tanh())).sum(1)
+        return 0.5 * (h.square().sum(1) + o.square().sum(1)) - coupled
+
+    def cost(self, *, states: dict[str, Tensor], target: Tensor) -> Tensor:
+        return 0.5 * (states["o"] - target).square().sum(1)
+
+    def output(self, *, states: dict[str, Tensor]) -> Tensor:
+        return states["o"]
+
+    def encode(self, *, target: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(target, 4).float()
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.02])
+@pytest.mark.parametrize(
+    ("make", "bound"),
+    [
+        (lambda: ResistiveMLP([12, 16, 4]), 1e-5),
+        (ByEnergy, 1e-5),
+        (lambda: HopfieldMLP([12, 16, 4]), 0.005),
+        (lambda: HopfieldConvNet((1, 4, 3), [8], 4, pool="max"), 0.005),
+    ],
+    ids=["resistive", "by_energy", "hopfield", "max_pool"],
+)
+def test_mixed_precision_rounds_no_whole_states(make: Any, bound: float, beta: float) -> None:
+    """The gradient under autocast against that without: energies that are subtracted are not rounded to 8 bits."""
+    torch.manual_seed(0)
+    system = make()
+    x, y = data(32, dtype=torch.float32)
+    x = x.view(32, 1, 4, 3) if isinstance(system, HopfieldConvNet) else x
+    engine = TwoPhase(system, Estimator(beta=beta), 60, 20)
+
+    def gradients(mixed: bool) -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            surrogate = engine.surrogate(x, engine.run(x, y))
+        return dict(zip(names, torch.autograd.grad(surrogate, list(system.parameters())), strict=True))
+
+    names = [name for name, _ in system.named_parameters()]
+    assert float(agreement(gradients(True), gradients(False)).error) < bound
+
+
+def test_max_pooling_takes_the_routes_of_relaxation() -> None:
+    """Products rounded to 8 bits have ties and other maxima: the surrogate would send states to other pixels."""
+    system = HopfieldConvNet((2, 32, 32), [4], 3, pool="max")
+    lower, s = torch.rand(4, 2, 32, 32), torch.rand(4, 4, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = system._unpool(0, s, lower)
+    assert torch.equal(found, system._unpool(0, s, lower))
+
+
+def test_diagnostics_do_not_follow_autocast() -> None:
+    """Estimate, reference and energies of a resistive network, asked for under autocast."""
+    torch.manual_seed(0)
+    system = ResistiveMLP([12, 16, 4])
+    x, y = data(32, dtype=torch.float32)
+    engine = TwoPhase(system, Estimator(beta=0.02), 60, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, reference, trace = estimate(engine, x, y), bptt(system, x, y, 60), energy_trace(system, x, 10)
+    assert float(agreement(found, estimate(engine, x, y)).error) < 1e-5
+    assert float(agreement(reference, bptt(system, x, y, 60)).error) < 1e-5
+    torch.testing.assert_close(trace, energy_trace(system, x, 10))

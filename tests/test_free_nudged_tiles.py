@@ -14,7 +14,17 @@ from lightning_helpers import SOFT
 from torch import Tensor, nn
 
 from lightning_lrtt import LRTT, LRTTConfig, convert_to_digital, convert_to_lrtt
-from lightning_lrtt.free_nudged import Estimator, FreeNudgedModule, HopfieldMLP, TwoPhase, bptt, estimate
+from lightning_lrtt.free_nudged import (
+    Estimator,
+    FreeNudgedModule,
+    HopfieldMLP,
+    System,
+    TwoPhase,
+    agreement,
+    bptt,
+    couplings,
+    estimate,
+)
 from lightning_lrtt.nn import find_tiles
 
 DIGITAL = LRTTConfig(rank=3, alpha=0.7, transfer_every=100)
@@ -151,6 +161,33 @@ def test_bptt_reaches_the_factors() -> None:
         assert float(torch.cosine_similarity(reference[name].flatten(), found[name].flatten(), 0)) > 0.99
     assert not any(tile.latch.calls for tile in find_tiles(system).values())
     assert all(p.grad is None for p in system.parameters())
+
+
+@pytest.mark.parametrize("unfrozen", [False, True])
+def test_scaled_tiles(unfrozen: bool) -> None:
+    """The reference and the energies multiply by what relaxation multiplies by, the output scale included, and C takes no
+    gradient even where it asks for one.
+    """
+    x, y = data()
+    system = on_tiles(DIGITAL)
+    for tile in system.layers:
+        tile.set_output_scale(0.5)
+        tile.weight.requires_grad_(unfrozen)
+    engine = TwoPhase(system, Estimator(beta=0.01), 100, 60)
+    factors = [name for name, _ in system.named_parameters() if name[-1] in "AB"]
+    found, reference = (
+        {name: g[name] for name in factors} for g in (estimate(engine, x, y), bptt(system, x, y, steps=100))
+    )
+    assert float(agreement(found, reference).error) < 0.01
+    outcome = engine.run(x, y)
+    parameters = [system.get_parameter(name) for name in factors]
+    by_energy = System.contrast(system, x=x, target=outcome.target, phases=outcome.phases, form="difference") / 0.01
+    for g, name in zip(torch.autograd.grad(by_energy, parameters), factors, strict=True):
+        torch.testing.assert_close(g, found[name], rtol=1e-6, atol=1e-9)
+    for tile in system.layers:
+        for factor in (tile.A, tile.B):
+            factor.requires_grad_(False)
+        assert not couplings.live_weight(tile).requires_grad
 
 
 def test_frozen_layers_and_foreign_couplings() -> None:

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_lrtt import LRTTConfig, LRTTStrategy, ResumableLoader
-from lightning_lrtt.free_nudged import DecayingBeta, Estimator, FreeNudgedModule, HopfieldMLP
+from lightning_lrtt.free_nudged import DecayingBeta, Estimator, FreeNudgedModule, HopfieldMLP, ResistiveMLP, System
 from lightning_lrtt.nn import find_tiles
 
 DIGITAL = LRTTConfig(rank=2, transfer_every=4)
@@ -168,9 +168,143 @@ def test_fast_dev_run_and_schedule(tmp_path: Path) -> None:
     assert float(module.beta) == pytest.approx(0.2)  # at step 3 of 4
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_half_parameters_are_refused(tmp_path: Path, precision: str) -> None:
+    with pytest.raises(
+        MisconfigurationException, match=f"must keep float32 or float64 parameters, got '{precision}'; .*'bf16-mixed'"
+    ):
+        train(tmp_path, precision=precision)
+    with pytest.raises(MisconfigurationException, match=r"got torch\.bfloat16 in the system"):
+        train(tmp_path, module=Module().to(torch.bfloat16))
+
+
 def test_direct_form_is_refused_under_mixed_precision(tmp_path: Path) -> None:
     with pytest.raises(MisconfigurationException, match="form must be 'difference' under precision 'bf16-mixed'"):
         train(tmp_path, module=Module(form="direct"), precision="bf16-mixed")
+
+
+# ------------------------------------------------------------------ projection and registered state
+
+
+class Held(Module):
+    """A system that is given; the step is long enough to project at every update."""
+
+    def __init__(self, system: System, lr: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(lr, **kwargs)
+        self.system = self.engine.system = system
+
+
+def resistive(**kwargs: Any) -> Held:
+    torch.manual_seed(0)
+    return Held(ResistiveMLP([6, 8, 3]), **kwargs)
+
+
+def lowest(values: Any) -> float:
+    return min(float(value.min()) for value in values)
+
+
+class Lowest(pl.Callback):
+    """The smallest parameter that a callback sees after a batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self.seen.append(lowest(pl_module.parameters()))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("strategy", ["auto", "lrtt"])
+def test_parameters_are_physical_before_callbacks_see_them(tmp_path: Path, strategy: str, accumulate: int) -> None:
+    """Checkpoints and averages take them after a batch: no conductance below 0 in either, and resume is exact."""
+    raw = resistive()
+    raw.system.project = lambda: None  # type: ignore[method-assign]
+    assert lowest(train(tmp_path, 8, module=raw).parameters()) < 0  # there is something to project
+
+    def fit(checkpoint: Path | None) -> tuple[Held, Lowest]:
+        save = ModelCheckpoint(tmp_path, "at", every_n_train_steps=3, save_top_k=1, enable_version_counter=False)
+        more: dict[str, Any] = {"enable_checkpointing": True} if checkpoint is None else {}
+        seen, module = Lowest(), resistive()
+        again = trainer(
+            tmp_path,
+            strategy=strategy,
+            max_steps=5,
+            max_epochs=9,
+            accumulate_grad_batches=accumulate,
+            callbacks=[seen, EMAWeightAveraging(decay=0.9), *([save] if checkpoint is None else [])],
+            **more,
+        )
+        again.fit(module, ResumableLoader(dataset(), 8, seed=4), ckpt_path=checkpoint)
+        return module, seen
+
+    one, seen = fit(None)
+    saved = torch.load(tmp_path / "at.ckpt", weights_only=False)
+    assert min(seen.seen) == 0.0 and lowest(one.parameters()) >= 0
+    assert lowest(v for part in ("state_dict", "current_model_state") for v in saved.get(part, {}).values()) >= 0
+    other, _ = fit(tmp_path / "at.ckpt")
+    assert torch.equal(weights(one), weights(other))
+
+
+class Drifting(HopfieldMLP):
+    """Noise that goes on from batch to batch, and a drift that is neither a parameter nor a buffer."""
+
+    stackable = False
+
+    def __init__(self, register: bool = True) -> None:
+        super().__init__([6, 8, 3])
+        self.noise = torch.Generator().manual_seed(5)
+        self.drift, self.register = [torch.zeros(3)], register
+        self.register_buffer("seen", torch.zeros(3))
+
+    def registered(self) -> dict[str, Any]:
+        return {"noise": self.noise, "drift": self.drift, "seen": self.seen} if self.register else {}
+
+    def window(self, **kwargs: Any) -> Any:
+        states = super().window(**kwargs)
+        push = self.drift[0].add_(0.01 * torch.randn(3, generator=self.noise))
+        self.seen.add_(1)
+        states[self._outputs] = states[self._outputs].clone()
+        self.output(states=states).add_(push)
+        return states
+
+
+def test_resume_with_registered_generators_and_tensors(tmp_path: Path) -> None:
+    """The bits of the run that never stopped, from a file that loads with ``weights_only``; buffers are saved once."""
+
+    def fit(checkpoint: Path | None) -> Held:
+        torch.manual_seed(0)
+        module = Held(Drifting(), lr=0.05)
+        save = ModelCheckpoint(tmp_path, "at", every_n_train_steps=5, save_top_k=1, enable_version_counter=False)
+        more: dict[str, Any] = {"callbacks": [save], "enable_checkpointing": True} if checkpoint is None else {}
+        again = trainer(tmp_path, max_steps=9, max_epochs=2, **more)
+        again.fit(module, ResumableLoader(dataset(), 8, seed=4), ckpt_path=checkpoint, weights_only=True)
+        return module
+
+    one, other = fit(None), fit(tmp_path / "at.ckpt")
+    assert torch.equal(weights(one), weights(other))
+    assert torch.equal(one.system.drift[0], other.system.drift[0]) and float(one.system.drift[0].abs().min()) > 0
+    assert torch.equal(one.system.noise.get_state(), other.system.noise.get_state())
+    saved = torch.load(tmp_path / "at.ckpt", weights_only=True)
+    assert sorted(saved["free_nudged_registered"]) == ["drift.0", "noise"]
+
+
+def test_registered_state_of_other_checkpoints() -> None:
+    """None in the file: nothing changes. A drift of another shape: refused. A generator of another device: a warning."""
+    module, saved = Held(Drifting()), {}
+    state = module.system.noise.get_state()
+    module.on_load_checkpoint({})
+    assert torch.equal(module.system.noise.get_state(), state) and not module.system.drift[0].any()
+    module.on_save_checkpoint(saved)
+    saved["free_nudged_registered"] |= {"noise": torch.zeros(16, dtype=torch.uint8), "gone": torch.zeros(2)}
+    with pytest.warns(UserWarning, match="generator 'noise' must be of the kind of cpu"):
+        module.on_load_checkpoint(saved)
+    assert torch.equal(module.system.noise.get_state(), state)
+    saved["free_nudged_registered"]["drift.0"] = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"registered 'drift.0' must be of the checkpoint's shape \[4\], got \[3\]"):
+        module.on_load_checkpoint(saved)
+    plain: dict[str, Any] = {}
+    Held(Drifting(register=False)).on_save_checkpoint(plain)
+    assert plain == {}
 
 
 # ------------------------------------------------------------------ the monitor

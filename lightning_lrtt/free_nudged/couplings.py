@@ -24,12 +24,12 @@ def frozen_weight(layer: nn.Module) -> Tensor:
 
 
 def live_weight(layer: nn.Module) -> Tensor:
-    """The same, differentiable by the layer's parameters."""
+    """The same, differentiable by the layer's parameters; by the factors of a tile, whose C no gradient moves."""
     if isinstance(layer, TileModule):
         product = layer.config.alpha * (layer.A @ layer.B)
-        return layer.weight + product.view(layer.weight.shape)
-    weight: Tensor = layer.weight  # type: ignore[assignment]  # every layer here has a weight
-    return weight
+        weight = layer.weight.detach() + product.view(layer.weight.shape)
+        return weight if layer.output_scale is None else weight * layer.output_scale
+    return layer.weight  # type: ignore[return-value]  # every layer here has a weight
 
 
 def bias_of(layer: nn.Module, differentiable: bool) -> Tensor | None:
@@ -85,6 +85,10 @@ def linear(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
 
 def couple(layer: nn.Module, x: Tensor, d: Tensor) -> Tensor:
     """``<d, layer(x)>`` without the bias, differentiable by the layer's parameters only.
+
+    It follows autocast: x or d of each product is a difference of the phases, taken before in the states' precision, so
+    that a rounding of 2^-8 is one of the gradient and not of the states. That keeps a tile's read what mixed precision
+    makes of any other read.
 
     On a tile it is the ordinary read, so that backward latches x and d for the pulses; on a plain linear layer only the
     gradient's outer product is computed.

@@ -129,7 +129,7 @@ def energy_trace(system: System, x: Tensor, steps: int) -> Tensor:
         >>> energy_trace(HopfieldMLP([4, 8, 2]), torch.rand(3, 4), steps=5).shape
         torch.Size([6])
     """
-    with ordinary(x, gradients=False) as (x,):
+    with ordinary(x, gradients=False) as (x,), torch.autocast(x.device.type, enabled=False):
         context = system.prepare(x=x, differentiable=False)
         states = system.start(x=x, context=context)
         trace = [system.energy(x=x, context=context, states=states).mean()]
@@ -141,7 +141,9 @@ def energy_trace(system: System, x: Tensor, steps: int) -> Tensor:
 
 def _gradients(scalar: Tensor, system: System) -> dict[str, Tensor]:
     parameters = learned(system)
-    grads = torch.autograd.grad(scalar, list(parameters.values()), allow_unused=True)
+    # Backward outside of autocast, as Lightning's: products of backward are rounded too where it is switched on.
+    with torch.autocast(scalar.device.type, enabled=False):
+        grads = torch.autograd.grad(scalar, list(parameters.values()), allow_unused=True)
     return {
         name: torch.zeros_like(p) if g is None else g for (name, p), g in zip(parameters.items(), grads, strict=True)
     }

@@ -136,7 +136,7 @@ class TwoPhase:
         self.tolerance, self.check_every = tolerance, check_every
         self.previous: States | None = None
         self._registered: dict[int, Any] = {}
-        self._before, self._after = Snapshot(), Snapshot()
+        self._entry, self._before, self._after = Snapshot(), Snapshot(), Snapshot()
         self._verified = False
 
     @property
@@ -152,22 +152,23 @@ class TwoPhase:
         with ordinary(x, gradients=False) as (x,), torch.autocast(x.device.type, enabled=False):
             self._register()
             self._after.take()
-            context = self.system.prepare(x=x, differentiable=False)
-            states = self.system.start(x=x, context=context)
-            states = self.system.window(
-                x=x,
-                context=context,
-                states=states,
-                steps=steps or self.free_steps,
-                target=None,
-                beta=None,
-                clamped=None,
-            )
+            with self._undone_by_errors(self._after):
+                context = self.system.prepare(x=x, differentiable=False)
+                states = self.system.start(x=x, context=context)
+                states = self.system.window(
+                    x=x,
+                    context=context,
+                    states=states,
+                    steps=steps or self.free_steps,
+                    target=None,
+                    beta=None,
+                    clamped=None,
+                )
             self._after.restore()
             return states
 
     def run(self, x: Tensor, target: Tensor, beta: Tensor | None = None, measure: bool = False) -> Outcome:
-        """All windows of one step.
+        """All windows of one step. One that fails leaves registered state and ``previous`` as it found them.
 
         Args:
             x: Inputs, batch first.
@@ -184,17 +185,37 @@ class TwoPhase:
             self._register()
             versions = [(name, p, p._version) for name, p in self.system.named_parameters()]
             guard = contextlib.nullcontext() if self._verified else self._after.guard(self.system)
-            with guard:
-                outcome = self._windows(x, self.system.encode(target=target), self._beta(x, beta), measure)
-            self._verified = True
-            changed = [name for name, p, version in versions if p._version != version]
-            if changed:
-                raise RuntimeError(
-                    f"FreeNudged: weights must stay as they are between phases, but {', '.join(changed)} "
-                    "changed in a window; updates belong to the optimizer's step"
-                )
-            self.system.commit(x=x, states=outcome.free, target=outcome.target)
+            # One copy of what is registered: without it an error in the free window could not be undone. A capture runs
+            # nothing that could need it, and every replay would copy.
+            entry = None if x.is_cuda and torch.cuda.is_current_stream_capturing() else self._entry
+            if entry is not None:
+                entry.take()
+            with self._undone_by_errors(entry):
+                with guard:
+                    outcome = self._windows(x, self.system.encode(target=target), self._beta(x, beta), measure)
+                self._verified = True
+                changed = [name for name, p, version in versions if p._version != version]
+                if changed:
+                    raise RuntimeError(
+                        f"FreeNudged: weights must stay as they are between phases, but {', '.join(changed)} "
+                        "changed in a window; updates belong to the optimizer's step"
+                    )
+                self.system.commit(x=x, states=outcome.free, target=outcome.target)
             return outcome
+
+    @contextlib.contextmanager
+    def _undone_by_errors(self, snapshot: Snapshot | None) -> Iterator[None]:
+        """Whatever is raised within leaves registered state as ``snapshot`` holds it, and ``previous`` as it was."""
+        previous = self.previous
+        try:
+            yield
+        except BaseException:
+            self.previous = previous
+            if snapshot is not None:
+                # On a device that failed nothing can be restored; the first error is the one to be seen.
+                with contextlib.suppress(RuntimeError):
+                    snapshot.restore()
+            raise
 
     def _beta(self, x: Tensor, beta: Tensor | None) -> Tensor:
         if beta is not None:
@@ -250,7 +271,8 @@ class TwoPhase:
     def _start(self, x: Tensor, context: Any) -> States:
         start = self.system.start(x=x, context=context)
         if self.init == "previous" and self.previous is not None and _alike(start, self.previous):
-            return self.previous
+            # Those of a checkpoint are where it was loaded, which may be before the module moved to its device.
+            return {name: s.to(start[name].device) for name, s in self.previous.items()}
         return start
 
     def _free(self, x: Tensor, context: Any, start: States, measure: bool) -> tuple[States, Tensor | None]:
@@ -336,8 +358,8 @@ class TwoPhase:
         if leaves.keys() == self._registered.keys():
             return
         self._registered = leaves
-        self._before, self._after = Snapshot(), Snapshot()
-        for snapshot in (self._before, self._after):
+        self._entry, self._before, self._after = Snapshot(), Snapshot(), Snapshot()
+        for snapshot in (self._entry, self._before, self._after):
             for name, value in registered.items():
                 snapshot.add(name, value)
 
@@ -368,8 +390,7 @@ def distance(one: States, other: States) -> Tensor:
 
 def _alike(one: States, other: States) -> bool:
     return one.keys() == other.keys() and all(
-        s.shape == other[name].shape and s.dtype == other[name].dtype and s.device == other[name].device
-        for name, s in one.items()
+        s.shape == other[name].shape and s.dtype == other[name].dtype for name, s in one.items()
     )
 
 

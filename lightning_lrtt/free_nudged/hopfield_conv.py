@@ -258,6 +258,7 @@ class HopfieldConvNet(System):
             spread = F.interpolate(s, scale_factor=2, mode="nearest") / 4
             return F.pad(spread, (0, full[3] - spread.shape[3], 0, full[2] - spread.shape[2]))
         w = couplings.frozen_weight(self.layers[index])
-        _, where = F.max_pool2d(F.conv2d(lower, w, padding=w.shape[-1] // 2), 2, return_indices=True)
+        with torch.autocast(lower.device.type, enabled=False):  # rounded, routes would not be those of relaxation
+            _, where = F.max_pool2d(F.conv2d(lower, w, padding=w.shape[-1] // 2), 2, return_indices=True)
         flat = s.new_zeros(*full[:2], full[2] * full[3])
         return flat.scatter_(2, where.flatten(2), s.flatten(2)).view(full)

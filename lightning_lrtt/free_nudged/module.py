@@ -9,13 +9,14 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_lrtt import _check
 from lightning_lrtt.free_nudged.engine import Outcome, TwoPhase, distance
 from lightning_lrtt.free_nudged.estimator import Estimator
 from lightning_lrtt.free_nudged.stats import PhaseStats
-from lightning_lrtt.free_nudged.system import System
+from lightning_lrtt.free_nudged.system import System, leaves_of
 
 OBSERVABLES = ("cost_free", "cost_nudged", "residual_free", "residual_nudged", "phase_distance", "saturation", "beta")
 
@@ -24,10 +25,11 @@ class FreeNudgedModule(pl.LightningModule):
     """``training_step`` relaxes twice and returns a surrogate whose gradient is the estimator's; the rest is Lightning.
 
     Automatic optimisation, so clipping, accumulation, precision plugins, DDP and averaging work. Relaxation never calls
-    ``backward`` and runs in the parameters' precision, also under mixed precision, where only the products of the
-    surrogate are rounded. ``train/loss`` is the cost of the free states. Subclasses add metrics and
-    ``configure_optimizers``; those that override ``setup``, ``on_train_batch_start`` or
-    ``on_train_batch_end`` call ``super()``.
+    ``backward`` and runs in the parameters' precision, also under mixed precision, where only those products of the
+    surrogate are rounded that hold a difference of the phases. ``train/loss`` is the cost of the free states.
+    Subclasses add metrics and ``configure_optimizers``; those that override ``setup``, ``on_train_batch_start``,
+    ``optimizer_step`` or a hook of checkpoints call ``super()``. Checkpoints also hold what the system registered and no
+    state dict contains: the states of its generators, and its plain tensors.
 
     Args:
         system: What relaxes, e.g. `HopfieldMLP`. Its layers may become tiles (``strategy="lrtt"``).
@@ -45,7 +47,8 @@ class FreeNudgedModule(pl.LightningModule):
     Raises:
         ValueError: As `TwoPhase`, at construction; also when a schedule leaves the stable range.
         TypeError: If a hook of the system has the wrong signature.
-        MisconfigurationException: At setup, for ``form="direct"`` under mixed precision.
+        MisconfigurationException: At setup, for ``form="direct"`` under mixed precision, and for a fit of parameters
+            in half precision.
 
     Example:
         >>> from lightning_lrtt.free_nudged import HopfieldMLP
@@ -115,10 +118,19 @@ class FreeNudgedModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what cannot work before anything runs."""
         self.system.check()
-        mixed = "mixed" in str(self.trainer.precision)
-        if mixed and self.engine.form == "direct":
+        precision = str(self.trainer.precision)
+        halves = sorted({str(p.dtype) for p in self.system.parameters() if p.dtype in (torch.float16, torch.bfloat16)})
+        half = precision in ("16-true", "bf16-true") or precision.startswith("transformer-engine")
+        if stage == "fit" and (half or halves):
+            got = repr(precision) if half else f"{', '.join(halves)} in the system"
             raise MisconfigurationException(
-                f"FreeNudgedModule: form must be 'difference' under precision {self.trainer.precision!r}, got "
+                f"FreeNudgedModule: precision must keep float32 or float64 parameters, got {got}; relaxation runs in the "
+                "parameters' precision, whose 8 to 11 bits would bury the difference of the phases; use 'bf16-mixed' or "
+                "'16-mixed'"
+            )
+        if "mixed" in precision and self.engine.form == "direct":
+            raise MisconfigurationException(
+                f"FreeNudgedModule: form must be 'difference' under precision {precision!r}, got "
                 "'direct'; "
                 "products of whole states, rounded to 8 bits, would bury the difference of the phases"
             )
@@ -127,8 +139,13 @@ class FreeNudgedModule(pl.LightningModule):
         """Outside of what a CUDA graph replays: beta is a tensor that the windows read."""
         self.set_step(self.trainer.global_step)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Parameters back to what is physical (`System.project`)."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The update, then parameters back to what is physical (`System.project`).
+
+        Not in ``on_train_batch_end``: callbacks' hooks of that name run before the module's, so checkpoints and averages
+        would hold what is not physical.
+        """
+        super().optimizer_step(*args, **kwargs)
         self.system.project()
 
     def set_step(self, step: int) -> None:
@@ -168,15 +185,68 @@ class FreeNudgedModule(pl.LightningModule):
         self.log("val/loss", cost, batch_size=len(x))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the states that the next batch starts from."""
+        """Keep the states that the next batch starts from, and registered state that is in no state dict."""
         if self.engine.previous is not None:
             checkpoint["free_nudged_states"] = dict(self.engine.previous)
+        if registered := self._beside_state_dict():
+            checkpoint["free_nudged_registered"] = {
+                name: value.get_state() if isinstance(value, torch.Generator) else value.detach().clone()
+                for name, value in registered.items()
+            }
 
+    @torch.no_grad()
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Start from them."""
+        """Go on from them; a checkpoint that has none leaves everything as it is.
+
+        Raises:
+            ValueError: If a registered tensor has another shape than the checkpoint's.
+        """
         states = checkpoint.get("free_nudged_states")
         if states is not None and self.engine.init == "previous":
-            self.engine.previous = {name: s.to(self.device) for name, s in states.items()}
+            self.engine.previous = dict(states)  # on any device: the module may not have been moved to its own yet
+        saved = checkpoint.get("free_nudged_registered", {})
+        for name, value in self._beside_state_dict().items():
+            if name not in saved:
+                continue
+            if isinstance(value, torch.Generator):
+                self._go_on(name, value, saved[name].cpu())
+            elif value.shape != saved[name].shape:
+                raise _check.fail(
+                    "FreeNudgedModule",
+                    f"registered {name!r}",
+                    f"of the checkpoint's shape {list(saved[name].shape)}",
+                    list(value.shape),
+                    "build the system with the numbers that it was trained with",
+                )
+            else:
+                value.copy_(saved[name])
+
+    @staticmethod
+    def _go_on(name: str, generator: torch.Generator, state: Tensor) -> None:
+        """From where the checkpoint's generator stood; those of other kinds of devices have states of other sizes."""
+        if state.shape == generator.get_state().shape:
+            generator.set_state(state)
+        else:
+            rank_zero_warn(
+                f"FreeNudgedModule: the checkpoint's generator {name!r} must be of the kind of {generator.device}, got "
+                "one of another device; its draws go on from the system's own seed, not from the checkpoint"
+            )
+
+    def _beside_state_dict(self) -> dict[str, Tensor | torch.Generator]:
+        """Registered generators and the registered tensors that the state dict does not hold, by name."""
+        found = dict(leaves_of(self.system.registered()))
+        if not found:
+            return {}
+        held = {
+            value.untyped_storage().data_ptr()
+            for value in self.system.state_dict(keep_vars=True).values()
+            if isinstance(value, Tensor) and value.numel()
+        }
+        return {
+            name: value
+            for name, value in found.items()
+            if isinstance(value, torch.Generator) or value.untyped_storage().data_ptr() not in held
+        }
 
     @torch.no_grad()
     def _record(self, outcome: Outcome) -> None:

@@ -61,7 +61,7 @@ class ResistiveLayer(nn.Module):
 class _Context:
     conductances: tuple[Tensor, ...]
     inputs: Tensor  # [N, 2 k]
-    loads: tuple[Tensor, ...]  # total conductance at each node of a layer ``[d]``
+    loads: tuple[Tensor, ...]  # total conductance at each node of a layer ``[d]``; infinite at a node without any
     drive: Tensor  # current of the input into layer 1 [N, d]
 
 
@@ -73,6 +73,7 @@ class ResistiveMLP(System):
     outputs are read as differences of node pairs, and nudging sends currents ``-beta dcost`` into them. Relaxation
     solves the odd layers exactly given the even ones, then the even ones given the odd ones (block coordinate
     descent: the energy never rises; Scellier 2024, "A fast algorithm to simulate nonlinear resistive networks").
+    A node without any conductance stays at 0 V.
 
     Args:
         sizes: Inputs, hidden layers (even numbers), outputs.
@@ -164,6 +165,11 @@ class ResistiveMLP(System):
         x = self.gain * x.flatten(1).to(g[0].dtype)
         inputs = torch.cat([x, -x], 1)
         loads = tuple(w.sum(1) + (g[i + 1].sum(0) if i + 1 < len(g) else 0) for i, w in enumerate(g))
+        # A node whose conductances were all projected to 0 floats: every voltage solves Kirchhoff's laws, and currents
+        # over its load would be 0 / 0, or infinite under a nudge. It is held at 0 V, where all nodes start, as by a leak
+        # to ground; in all phases alike, so that its conductances get a finite gradient and may grow again. An infinite
+        # load does that within the division, and backward too.
+        loads = tuple(load.masked_fill(load == 0, torch.inf) for load in loads)
         return _Context(g, inputs, loads, inputs @ g[0].t())
 
     def stack(self, context: _Context, copies: int) -> _Context:
@@ -224,8 +230,9 @@ class ResistiveMLP(System):
         total: Any = 0.0
         x = self.gain * x.flatten(1).to(next(self.parameters()).dtype)
         inputs = torch.cat([x, -x], 1)
-        for phase in phases:
-            v = [inputs, *phase.states.values()]
-            for i, layer in enumerate(self.crossbars):
-                total = total + complex(phase.weight).real * layer.power(v[i], v[i + 1]).mean()
+        with torch.autocast(x.device.type, enabled=False):  # powers of whole states are subtracted: see System.contrast
+            for phase in phases:
+                v = [inputs, *phase.states.values()]
+                for i, layer in enumerate(self.crossbars):
+                    total = total + complex(phase.weight).real * layer.power(v[i], v[i + 1]).mean()
         return total  # type: ignore[no-any-return]  # a sum of tensors

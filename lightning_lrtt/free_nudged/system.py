@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,7 +126,10 @@ class System(nn.Module):
         return target
 
     def registered(self) -> Mapping[str, Any]:
-        """Tensors and generators that a window changes besides the states; they are restored between phases."""
+        """Tensors and generators that a window changes besides the states; they are restored between phases.
+
+        A step that fails leaves them as it found them. `FreeNudgedModule` saves what no state dict holds in checkpoints.
+        """
         return {}
 
     def commit(self, *, x: Tensor, states: States, target: Tensor) -> None:
@@ -177,7 +180,9 @@ class System(nn.Module):
         return states
 
     def project(self) -> None:
-        """Bring the parameters back to what is physical, e.g. conductances >= 0; called after each training batch."""
+        """Bring the parameters back to what is physical, e.g. conductances >= 0; called right after each update, before
+        callbacks see the parameters. Calling it twice must be as good as once.
+        """
 
     def hold(self, states: States, value: Tensor) -> States:
         """Copies of the states with the outputs set to ``value``."""
@@ -196,15 +201,18 @@ class System(nn.Module):
             form: ``difference`` or ``direct``. It changes what pulsed tiles are sent, so it means nothing here.
         """
         total: Any = 0.0
-        context = self.prepare(x=x, differentiable=True)
-        for phase in phases:
-            energy = self.energy(x=x, context=context, states=phase.states)
-            if phase.beta is not None:
-                energy = energy + phase.beta * self.cost(states=phase.states, target=target)
-            energy = energy.mean()
-            # Python numbers, not tensors: those would be copied from the host within a captured step.
-            weight = complex(phase.weight)
-            total = total + (energy * weight if energy.is_complex() else energy * weight.real)
+        # Without autocast, as the windows: energies of whole states are subtracted here, and in bfloat16 their
+        # difference would be rounding.
+        with torch.autocast(x.device.type, enabled=False):
+            context = self.prepare(x=x, differentiable=True)
+            for phase in phases:
+                energy = self.energy(x=x, context=context, states=phase.states)
+                if phase.beta is not None:
+                    energy = energy + phase.beta * self.cost(states=phase.states, target=target)
+                energy = energy.mean()
+                # Python numbers, not tensors: those would be copied from the host within a captured step.
+                weight = complex(phase.weight)
+                total = total + (energy * weight if energy.is_complex() else energy * weight.real)
         return total.real if total.is_complex() else total  # type: ignore[no-any-return]  # a sum of tensors
 
     # -------------------------------------------------------------- diagnostics
@@ -217,6 +225,16 @@ class System(nn.Module):
     def stack(self, context: Any, copies: int) -> Any:
         """The context of ``copies`` copies of the batch, one after the other; for stackable systems."""
         raise NotImplementedError
+
+
+def leaves_of(registered: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Tensors and generators in what `System.registered` returned, named as `Snapshot` names them (``field.0``)."""
+    if isinstance(registered, (Mapping, list, tuple)):
+        pairs = registered.items() if isinstance(registered, Mapping) else enumerate(registered)
+        for key, part in pairs:
+            yield from leaves_of(part, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, registered
 
 
 def check_hooks(system: System) -> None:
