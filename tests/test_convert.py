@@ -61,6 +61,16 @@ def test_the_layer_that_became_a_tile_says_so():
         copy.deepcopy(model)(randn(0, 2, 4))
 
 
+def test_a_layer_of_two_models_becomes_a_tile_of_one(caplog: pytest.LogCaptureFixture):
+    layer = nn.Linear(4, 4)
+    first, second = (nn.Sequential(layer, nn.ReLU()) for _ in range(2))
+    convert_to_lrtt(first, CONFIG)
+    convert_to_lrtt(second, CONFIG)
+    assert list(find_tiles(first)) == ["0"] and "0 (it became a tile of another module)" in caplog.text
+    with pytest.raises(RuntimeError, match="layer '0' must be called in its module"):
+        second(randn(0, 2, 4))
+
+
 def _pruned_bias() -> nn.Module:
     layer = nn.Linear(4, 3)
     prune.l1_unstructured(layer, "bias", 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 from pathlib import Path
@@ -52,7 +53,7 @@ def test_a_sound_run_passes_and_is_not_changed(tmp_path: Path, config: LRTTConfi
 def test_the_bound_holds_for_every_layer(layer: nn.Module, shape: tuple[int, ...], config: LRTTConfig) -> None:
     """With A far from 0; and a change of the output by ten times its rounding does not pass."""
     torch.manual_seed(0)
-    tile = convert_to_lrtt(nn.Sequential(layer), config)[0]
+    tile = convert_to_lrtt(nn.Sequential(copy.deepcopy(layer)), config)[0]
     with torch.no_grad():
         tile.A.normal_()
     x = 100 * torch.randn(shape)

@@ -203,7 +203,8 @@ def _refuse(module: nn.Module, wanted: dict[str, Any]) -> dict[str, str]:
         elif 0 in child.weight.shape:
             refused[name] = f"its weight {list(child.weight.shape)} is empty"
         elif "forward" in child.__dict__:
-            refused[name] = "its forward was replaced"
+            gone = getattr(child.__dict__["forward"], "func", None) is _gone
+            refused[name] = "it became a tile of another module" if gone else "its forward was replaced"
         elif any(owner is not child for owner in owners[id(child.weight)]):
             refused[name] = "its weight is shared with another layer"
         elif getattr(child, "groups", 1) != 1:
