@@ -302,7 +302,7 @@ def test_metrics_with_lists(tmp_path, make):
     """
     graph = make()
     recorded = run(tmp_path, DIGITAL, [graph], Lists)
-    assert graph.replays > 15 or isinstance(graph.recorder if graph.active_scope == "step" else None, type(None))
+    assert graph.replays >= 20 if isinstance(graph, TapedGraph) else graph.replays == 0
     assert_same_run(recorded, run(tmp_path, DIGITAL, [], Lists))
 
 
