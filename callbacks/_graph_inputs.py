@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,17 +11,8 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_lrtt.callbacks._graph_records import Placed
 
-from lightning_lrtt.graphs import StaticBatch, Unsupported, describe
+from lightning_lrtt.graphs import GraphCache, StaticBatch, Unsupported, describe
 from lightning_lrtt.graphs.batches import shapes
-
-
-@dataclass
-class _Use:
-    """Batches of one key: how many there were, the number of the last, and their buffers once a graph may read them."""
-
-    count: int = 0
-    last: int = 0
-    static: StaticBatch | None = None
 
 
 class StepInputs:
@@ -47,10 +37,9 @@ class StepInputs:
         most: int,
         changing: Callable[[str], None],
     ) -> None:
-        self._device, self._most, self._changing = device, most, changing
-        self._uses: OrderedDict[Hashable, _Use] = OrderedDict()
+        self._device, self._changing = device, changing
+        self._uses: GraphCache[StaticBatch] = GraphCache(most)
         self._kinds: Counter[Hashable] = Counter()
-        self._now = 0
         self._told = False
         self._stock_transfer = not any(
             is_overridden(hook, owner)
@@ -71,53 +60,31 @@ class StepInputs:
         if not self._stock_transfer:
             batch = transfer(batch)
         try:
-            key, leaves, spec = describe(batch)
+            kind, leaves, spec = describe(batch)
         except Unsupported as why:
             return transfer(batch) if self._stock_transfer else batch, Placed(None, "", str(why))
-        key = (position, key)
-        use = self._use(key, leaves)
-        use.count += 1
-        placed = Placed(key, shapes(leaves))
-        if use.static is None and eager is not None and use.count > eager and self._room():
-            use.static = StaticBatch(leaves, spec, self._device)
-        placed.static = use.static
-        if use.static is None:
+        key = (position, kind)
+        use = self._uses.entry((key,))
+        if not use.seen:
+            self._look_at_values(kind, leaves)
+        use.seen += 1
+        if use.recording is None and eager is not None and use.seen > eager and self._uses.room((key,)):
+            use.recording = StaticBatch(leaves, spec, self._device)
+        placed = Placed(key, shapes(leaves), static=use.recording)
+        if use.recording is None:
             return transfer(batch) if self._stock_transfer else batch, placed
-        return use.static.fill(leaves), placed
+        return use.recording.fill(leaves), placed
 
     def clear(self) -> None:
         """Let go of all buffers."""
         self._uses.clear()
 
-    def _use(self, key: Any, leaves: list[Any]) -> _Use:
-        use = self._uses.get(key)
-        if use is None:
-            idle = [k for k, u in self._uses.items() if u.static is None] if len(self._uses) >= _KINDS else []
-            for old in idle[: _KINDS // 2]:
-                del self._uses[old]
-            use = self._uses[key] = _Use()
-            self._look_at_values(key[1][1:], leaves)
-        self._uses.move_to_end(key)
-        self._now += 1
-        use.last = self._now
-        return use
-
-    def _room(self) -> bool:
-        """Whether another kind may have buffers; makes room for it."""
-        held = [use for use in self._uses.values() if use.static is not None]  # the least recently used first
-        if len(held) < self._most:
-            return True
-        if self._now - held[0].last < _PATIENCE:
-            return False
-        held[0].static = None  # a graph that reads them is captured anew, should the kind come back
-        return True
-
-    def _look_at_values(self, parts: tuple[Hashable, ...], leaves: list[Any]) -> None:
+    def _look_at_values(self, parts: Any, leaves: list[Any]) -> None:
         """Kinds that differ in Python values only, again and again, will never be replayed."""
         plain = [leaf for leaf in leaves if not isinstance(leaf, torch.Tensor)]
         if self._told or not plain:
             return
-        kind = tuple(part if isinstance(part, tuple) else type(part) for part in parts)
+        kind = tuple(part if isinstance(part, tuple) else type(part) for part in parts[1:])  # after the structure
         self._kinds[kind] += 1
         if self._kinds[kind] > _VALUES:
             self._told = True
@@ -128,5 +95,3 @@ class StepInputs:
 
 
 _VALUES = 8
-_KINDS = 256
-_PATIENCE = 100  # batches

@@ -30,6 +30,7 @@ from lightning_lrtt.graphs import (
     HostState,
     PhaseTimer,
     Recorder,
+    Recording,
     StateCopy,
     max_difference,
 )
@@ -72,7 +73,7 @@ class StepGraphs:
         self._device = trainer.strategy.root_device
         self._optimizer = trainer.optimizers[0]
         self._lrtt = self._optimizer if isinstance(self._optimizer, LRTT) else None
-        self._cache = GraphCache(options.max_graphs * most_accumulated(trainer))
+        self._cache: GraphCache[Recording] = GraphCache(options.max_graphs * most_accumulated(trainer))
         self._inputs = StepInputs(trainer, module, self._device, 4 * self._cache.size, events.because)
         self._placed: Placed | None = None
         self._chain: tuple[Hashable, ...] | None = None  # keys of this window's micro-batches so far, all from graphs
@@ -217,15 +218,16 @@ class StepGraphs:
 
     def _circumstances(self) -> int:
         """A number for what a recording freezes besides its inputs: addresses, modes, hyperparameters."""
-        hyper = None if self._form is None else self._form.signature()
+        signature = None if self._form is None else self._form.signature()
+        hyper = (signature, self._trainer.gradient_clip_val, self._trainer.gradient_clip_algorithm)
         if hyper != self._hyper:
             self._hyper_changes = self._hyper_changes + 1 if self._hyper is not None else 0
             self._hyper = hyper
             if self._hyper_changes == 2:
                 self._leave(
                     [
-                        "hyperparameters of the optimizer other than lr change from step to step, and a graph "
-                        "freezes them (OneCycleLR, CyclicLR: cycle_momentum=False)"
+                        "gradient clipping, or hyperparameters of the optimizer other than lr, change from step to step, and "
+                        "a graph freezes them (OneCycleLR, CyclicLR: cycle_momentum=False)"
                     ]
                 )
         elif self._hyper_changes < 2:
@@ -233,8 +235,6 @@ class StepGraphs:
         tensors = self._state.tensors()
         now = (
             self._trainer.accumulate_grad_batches,
-            self._trainer.gradient_clip_val,
-            self._trainer.gradient_clip_algorithm,
             hyper,
             [t.data_ptr() for t in tensors],
             [t.requires_grad for t in tensors],
@@ -323,7 +323,7 @@ class StepGraphs:
             closure._zero_grad_fn is not None,
         )
 
-    def _record(self, entry: Entry, placed: Placed, closure: Any, run: Callable[[], Any]) -> bool:
+    def _record(self, entry: Entry[Recording], placed: Placed, closure: Any, run: Callable[[], Any]) -> bool:
         """Capture the step; True if it ran as a graph, False if it had to be run eagerly."""
         assert self._recorder is not None
         entry.extra = self._kept(placed)
@@ -355,7 +355,7 @@ class StepGraphs:
             self._compare(entry, eager, recording.outputs)
         return entry.recording is not None
 
-    def _replay(self, entry: Entry, closure: Any, run: Callable[[], Any]) -> None:
+    def _replay(self, entry: Entry[Recording], closure: Any, run: Callable[[], Any]) -> None:
         assert entry.recording is not None
         eager = None
         if entry.checked < self._options.parity_steps:
@@ -403,7 +403,7 @@ class StepGraphs:
             copy.restore()
         return copy, values
 
-    def _compare(self, entry: Entry, eager: tuple[StateCopy, list[Tensor]], outputs: Outputs) -> None:
+    def _compare(self, entry: Entry[Recording], eager: tuple[StateCopy, list[Tensor]], outputs: Outputs) -> None:
         copy, values = eager
         gap = max_difference(values, [*self._state.all(), outputs.loss, *outputs.tape.tensors()])
         entry.checked += 1
@@ -411,9 +411,7 @@ class StepGraphs:
         if gap == 0.0:
             return
         reason = f"a replay differs from the eager step by up to {gap:.3g}"
-        self._events.because(reason)
-        if self._options.on_failure == "raise":
-            raise GraphCaptureError(f"CUDAGraph: {reason}")
+        self._refuse(reason)
         copy.write(values[: len(self._state.all())])
         entry.recording, entry.refused = None, reason
 

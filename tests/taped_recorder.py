@@ -8,15 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning_lrtt.callbacks import CUDAGraph
-from rerun_recorder import Moment
+from rerun_recorder import RehearsedGraph, RerunRecorder
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from lightning_lrtt.graphs import StateCopy
 
 
 def _storages(nest: Any) -> set[int]:
@@ -57,44 +53,24 @@ class Taped:
                     old.data.copy_(new)
 
 
-class TapedRecorder:
+class TapedRecorder(RerunRecorder):
     """See the module. ``fail`` is raised by captures after the function's Python has run."""
 
-    def __init__(self, fail: BaseException | None = None) -> None:
-        self.fail = fail
-        self.tensors: Callable[[], list[Tensor]] = list
-
-    def eager(self, function: Callable[[], Any]) -> Any:
-        return function()
-
     def record(self, function: Callable[[], Any]) -> Taped:
-        before = StateCopy(self.tensors(), torch.device("cpu"))  # a capture that fails has done no device work
+        undo = self.before_record()
         try:
             recorded = Taped(function)
             if self.fail is not None:
                 raise self.fail
         except BaseException:
-            before.restore()
+            undo()
             raise
         return recorded
 
-    def mark(self) -> Moment:
-        return Moment()
 
-    def pool_bytes(self) -> int:
-        return 2**20
-
-
-class TapedGraph(CUDAGraph):
+class TapedGraph(RehearsedGraph):
     """`CUDAGraph` on the CPU, through a `TapedRecorder`."""
 
     def __init__(self, *args: Any, fail: BaseException | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.recorder = TapedRecorder(fail)
-
-    def make_recorder(self, device: torch.device) -> TapedRecorder:
-        return self.recorder
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.recorder.tensors = lambda: [*pl_module.parameters(), *pl_module.buffers()]
-        super().on_train_start(trainer, pl_module)

@@ -138,6 +138,19 @@ def test_a_value_set_in_every_step_is_named(tmp_path):
     assert any("weight changes from step to step" in r for r in on_cpu.reasons)
 
 
+def test_clipping_that_changes_in_every_step_is_named(tmp_path):
+    """Regression: every step had a key of its own, none was captured, and nothing was said."""
+
+    class Every(Steady):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.trainer.gradient_clip_val = 1.0 / (1 + self.global_step)
+
+    graph = TapedGraph()
+    recorded = run(tmp_path, DIGITAL, [graph], Every, gradient_clip_val=1.0)
+    assert any("gradient clipping" in reason for reason in graph.reasons)
+    assert_same_run(recorded, run(tmp_path, DIGITAL, [], Every, gradient_clip_val=1.0))
+
+
 def test_a_counter_that_no_step_reads_is_nobodys_business(tmp_path):
     class Counts(Steady):
         batches_so_far = 0

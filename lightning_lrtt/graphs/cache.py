@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any
-
-from lightning_lrtt.graphs.recorder import Recording
+from typing import Any, Generic, TypeVar
 
 __all__ = ["Entry", "GraphCache"]
 
 
+Held = TypeVar("Held")
+
+
 @dataclass
-class Entry:
-    """One kind of step.
+class Entry(Generic[Held]):
+    """One kind of step, or of batch.
 
     Args:
         seen: How often it ran eagerly.
-        recording: Its graph, once there is one.
+        recording: Its graph (or the buffers of a batch), once there is one.
         refused: Why there will be none.
         last: Number of the step that used it last.
         checked: Parity checks that it has passed.
@@ -26,14 +27,14 @@ class Entry:
     """
 
     seen: int = 0
-    recording: Recording | None = None
+    recording: Held | None = None
     refused: str = ""
     last: int = 0
     checked: int = 0
     extra: Any = None
 
 
-class GraphCache:
+class GraphCache(Generic[Held]):
     """At most ``size`` recordings, the least recently used of which makes room, if it has rested long enough.
 
     Keys are tuples. A recording that continues others (a later micro-batch of an accumulation window) has a key that
@@ -54,14 +55,14 @@ class GraphCache:
 
     def __init__(self, size: int, patience: int = 100) -> None:
         self.size, self.patience = size, patience
-        self._entries: OrderedDict[tuple[Hashable, ...], Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[Hashable, ...], Entry[Held]] = OrderedDict()
         self.step = 0
 
     def __len__(self) -> int:
         """Recordings."""
         return sum(entry.recording is not None for entry in self._entries.values())
 
-    def entry(self, key: tuple[Hashable, ...]) -> Entry:
+    def entry(self, key: tuple[Hashable, ...]) -> Entry[Held]:
         """The entry of ``key``, made if there is none, now the most recently used."""
         self.step += 1
         entry = self._entries.get(key)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_lrtt.graphs.cache import Entry, GraphCache
-from lightning_lrtt.graphs.recorder import GraphCaptureError, Recorder
+from lightning_lrtt.graphs.recorder import GraphCaptureError, Recorder, Recording
 from lightning_lrtt.nn.latch import Operands
 from lightning_lrtt.nn.tile import TileModule
 
@@ -60,7 +60,7 @@ class TileGraphs:
         report: Callable[[str, str], None] = lambda event, reason: None,
         on_failure: str = "eager",
     ) -> None:
-        self._recorder, self._warmup, self._cache = recorder, warmup, GraphCache(size)
+        self._recorder, self._warmup, self._cache = recorder, warmup, GraphCache[Recording](size)
         self._eager_now, self._report, self._on_failure = eager_now, report, on_failure
         self.capture_ms = 0.0
 
@@ -88,7 +88,9 @@ class TileGraphs:
         else:
             self._record(entry, tiles, live, issue)
 
-    def _record(self, entry: Entry, tiles: list[TileModule], live: list[Tensor], issue: Callable[[], None]) -> None:
+    def _record(
+        self, entry: Entry[Recording], tiles: list[TileModule], live: list[Tensor], issue: Callable[[], None]
+    ) -> None:
         static = [torch.empty_like(t).copy_(t) for t in live]
         # Views without a shared version counter: the latch checks that operands were not modified since backward.
         entry.extra = [t.data for t in static]
