@@ -71,9 +71,14 @@ DevicePulse describe(const PulseJob& job, const PulseParams& pulse) {
   const int64_t first_block = job.first_sample / p.samples, blocks = blocks_of(job.samples, p.samples);
   p.first_block = uint32_t(first_block);
   p.blocks = int(blocks);
-  p.block_words = p.form == kCounted ? p.samples : whole_rows(block_words(pulse));
-  constexpr int kUnsigned = kBlockSamples / 2;  // at most 16 slots a sample
-  p.neg_words = p.form == kCounted ? 0 : p.form == kShortBits && p.block_words > kUnsigned ? kUnsigned : p.block_words;
+  // Of the samples there are: a small batch does not fill its only block.
+  const int most = job.samples < p.samples ? int(job.samples) : p.samples;
+  p.block_words =
+      p.form == kCounted ? p.samples : whole_rows(int(blocks_of(int64_t(block_words(pulse)) * most, p.samples)));
+  const int unsigned_words = whole_rows((most + 1) / 2);  // at most 16 slots a sample
+  p.neg_words = p.form == kCounted                                       ? 0
+                : p.form == kShortBits && p.block_words > unsigned_words ? unsigned_words
+                                                                         : p.block_words;
   return p;
 }
 
