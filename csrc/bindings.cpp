@@ -319,20 +319,25 @@ PYBIND11_MODULE(_C, m) {
     cuda::merge({floats(c), floats(a), floats(b), scratch(out), scratch(a_t), scratch(b_out), d, k, r, alpha, type},
                 scratch(stream));
   });
-  m.def("small_project_cuda", [=](uintptr_t x, uintptr_t w, uintptr_t z, uintptr_t top, int64_t x_stride, int n, int k,
-                                  int r, uintptr_t stream) {
+  // layer: (c, a, b, d, k, r, alpha)
+  const auto small_layer = [](const py::tuple& t) {
+    const auto floats = [&](size_t i) { return reinterpret_cast<const float*>(t[i].cast<uintptr_t>()); };
+    return cuda::SmallLayer{floats(0),        floats(1),        floats(2),         t[3].cast<int>(),
+                            t[4].cast<int>(), t[5].cast<int>(), t[6].cast<float>()};
+  };
+  m.def("small_forward_cuda", [=](const py::tuple& layer, uintptr_t x, uintptr_t bias, uintptr_t y, uintptr_t z,
+                                  uintptr_t top, int64_t x_stride, int n, uintptr_t stream) {
     const auto floats = [](uintptr_t p) { return reinterpret_cast<float*>(p); };
-    cuda::small_project({floats(x), floats(w), floats(z), reinterpret_cast<uint32_t*>(top), x_stride, n, k, r},
-                        scratch(stream));
+    cuda::forward({small_layer(layer), floats(x), floats(bias), floats(y), floats(z), reinterpret_cast<uint32_t*>(top),
+                   x_stride, n},
+                  scratch(stream));
   });
-  m.def("factor_gradients_cuda", [=](uintptr_t grad, uintptr_t x, uintptr_t z, uintptr_t a_t, uintptr_t dz,
-                                     uintptr_t grad_a, uintptr_t grad_b, uintptr_t grad_bias, uintptr_t top,
-                                     int64_t grad_stride, int64_t x_stride, int n, int d, int k, int r,
-                                     uintptr_t stream) {
-    const auto floats = [](uintptr_t p) { return reinterpret_cast<float*>(p); };
-    cuda::small_gradients({floats(grad), floats(x), floats(z), floats(a_t), floats(dz), floats(grad_a), floats(grad_b),
-                           floats(grad_bias), reinterpret_cast<uint32_t*>(top), grad_stride, x_stride, n, d, k, r},
-                          scratch(stream));
+  m.def("small_backward_cuda", [=](const py::tuple& layer, const py::tuple& pointers, uintptr_t top,
+                                   int64_t grad_stride, int64_t x_stride, int n, uintptr_t stream) {
+    const auto floats = [&](size_t i) { return reinterpret_cast<float*>(pointers[i].cast<uintptr_t>()); };
+    cuda::backward({small_layer(layer), floats(0), floats(1), floats(2), floats(3), floats(4), floats(5), floats(6),
+                    floats(7), floats(8), floats(9), reinterpret_cast<uint32_t*>(top), grad_stride, x_stride, n},
+                   scratch(stream));
   });
   m.def("project_cuda",
         [=](uintptr_t x, uintptr_t w, uintptr_t narrow, uintptr_t z, uintptr_t top, int64_t n, int64_t x_stride,

@@ -71,27 +71,11 @@ def merge_cuda(
     stream: int,
     /,
 ) -> None: ...
-def small_project_cuda(
-    x: int, w: int, z: int, top: int, x_stride: int, n: int, k: int, r: int, stream: int, /
+def small_forward_cuda(
+    layer: _Job, x: int, bias: int, y: int, z: int, top: int, x_stride: int, n: int, stream: int, /
 ) -> None: ...
-def factor_gradients_cuda(
-    grad: int,
-    x: int,
-    z: int,
-    a_t: int,
-    dz: int,
-    grad_a: int,
-    grad_b: int,
-    grad_bias: int,
-    top: int,
-    grad_stride: int,
-    x_stride: int,
-    n: int,
-    d: int,
-    k: int,
-    r: int,
-    stream: int,
-    /,
+def small_backward_cuda(
+    layer: _Job, pointers: _Job, top: int, grad_stride: int, x_stride: int, n: int, stream: int, /
 ) -> None: ...
 def project_cuda(
     x: int,

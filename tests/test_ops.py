@@ -387,7 +387,8 @@ def op_calls():
         "merge": (c, a, b, 0.5, torch.bfloat16),
         "project_": (torch.empty(5, 2).bfloat16(), randn(5, 5, 12), b.bfloat16(), torch.empty(5, 12).bfloat16()),
         "project_same": (torch.empty(5, 2), randn(5, 5, 12), b, None),
-        "factor_gradients": (randn(6, 5, 9), randn(5, 5, 12), randn(7, 5, 2), a),
+        "small_forward": (randn(5, 5, 12), c, a, b, randn(8, 9), 0.5),
+        "small_backward": (randn(6, 5, 9), randn(5, 5, 12), randn(7, 5, 2), c, a, b, 0.5, True),
     }
 
 
@@ -408,13 +409,21 @@ def test_products_around_a_layer():
     top = OPS.project_(z, x, half, narrow)
     assert same_bits(narrow, x.bfloat16()) and same_bits(z, narrow @ half.t())
     assert torch.equal(top.view(torch.float32), narrow.float().abs().amax(1))
-    grad, x, z, a = op_calls()["factor_gradients"]
-    g64, x64, z64, a64 = (t.double() for t in (grad, x, z, a))
-    exact = (g64 @ a64, g64.t() @ z64, (g64 @ a64).t() @ x64, g64.sum(0))
-    *found, top = OPS.factor_gradients(grad, x, z, a)
-    for ours, theirs in zip(found, exact, strict=True):
+    x, c, a, b, bias, alpha = op_calls()["small_forward"]
+    x64, c64, a64, b64, bias64 = (t.double() for t in (x, c, a, b, bias))
+    matrix = c64 + alpha * a64 @ b64
+    *found, top = OPS.small_forward(x, c, a, b, bias, alpha)
+    expected = [(x64 @ matrix.t() + bias64, x64 @ b64.t())]
+    assert torch.equal(top.view(torch.float32), x.abs().amax(1))
+    grad, x, z, *_ = op_calls()["small_backward"]
+    g64, z64 = grad.double(), z.double()
+    by_a, by_b = alpha * g64.t() @ z64, alpha * (g64 @ a64).t() @ x64
+    expected.append((g64 @ a64, by_a, by_b, by_a, by_b, g64.sum(0), g64 @ matrix))
+    *gradients, top = OPS.small_backward(grad, x, z, c, a, b, alpha, True)
+    for ours, theirs in zip((*found, *gradients), (*expected[0], *expected[1]), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=13 * 2.0**-24 * 60)
     assert torch.equal(top.view(torch.float32), grad.abs().amax(1))
+    assert OPS.small_backward(grad, x, z, c, a, b, alpha, False)[6].shape == (0,)
 
 
 @pytest.mark.parametrize("name", op_calls())

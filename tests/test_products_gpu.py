@@ -102,35 +102,46 @@ def _within(found, exact, magnitudes, terms):
     return bool(((found.double().cpu() - exact).abs() <= (terms + 1) * 2.0**-24 * magnitudes).all())
 
 
-@pytest.mark.parametrize(("n", "d", "k", "r"), [(64, 512, 512, 8), (33, 31, 130, 16), (1, 5, 3, 1), (256, 256, 70, 11)])
-def test_small_float32_products(n, d, k, r):
-    """`project_` and `factor_gradients` of small float32 operands, rows within longer ones; maxima to the bit."""
+SMALL = [(64, 512, 512, 8), (33, 31, 130, 16), (1, 5, 3, 1), (256, 256, 72, 11), (130, 1024, 4, 12), (64, 8, 1024, 16)]
+
+
+@pytest.mark.parametrize(("n", "d", "k", "r"), SMALL)
+def test_small_float32_layers(n, d, k, r):
+    """`small_forward` and `small_backward`, their rows within longer ones, against float64; maxima and copies to the bit.
+
+    Tolerance: a sum of products has a rounding for each, in any order, and C + alpha A B r + 2 more in each of its cells.
+    """
     generator = torch.Generator().manual_seed(n)
-    grad, x, w, a = (torch.randn(shape, generator=generator) for shape in ((n, d + 3), (n, k + 2), (r, k), (d, r)))
-    grad, x = grad[:, :d], x[:, :k]
-    z = torch.empty(n, r, device="cuda")
-    long = torch.randn(n, k + 2, generator=generator).cuda()
-    long[:, :k] = x.cuda()
-    top = torch.ops.lrtt.project_(z, long[:, :k], w.cuda(), None)
-    doubles = [t.double() for t in (grad, x, w, a)]
-    g64, x64, w64, a64 = doubles
-    g_abs, x_abs, w_abs, a_abs = (t.abs() for t in doubles)
-    assert _within(z, x64 @ w64.t(), x_abs @ w_abs.t(), k)
-    assert torch.equal(top.cpu(), x.abs().amax(1).view(torch.int32))
-    column_major = a.cuda().t().contiguous().t()
-    dz, by_a, by_b, by_bias, top = torch.ops.lrtt.factor_gradients(grad.cuda(), long[:, :k], z, column_major)
-    z64, dz64 = z.double().cpu(), dz.double().cpu()
-    assert _within(dz, g64 @ a64, g_abs @ a_abs, d)
-    assert _within(by_a, g64.t() @ z64, g_abs.t() @ z64.abs(), n)
-    assert _within(by_b, dz64.t() @ x64, dz64.abs().t() @ x_abs, n)
-    assert _within(by_bias, g64.sum(0), g_abs.sum(0), n)
-    assert torch.equal(top.cpu(), grad.abs().amax(1).view(torch.int32))
+    shapes = ((n, d + 4), (n, k + 4), (d, k), (d, r), (r, k), (d,))
+    grad, x, c, a, b, bias = (torch.randn(shape, generator=generator) for shape in shapes)
+    on_gpu = [t.cuda() for t in (grad, x, c, a, b, bias)]
+    grad, x, (g_own, x_own) = grad[:, :d], x[:, :k], (on_gpu[0][:, :d], on_gpu[1][:, :k])
+    y, z, x_top = torch.ops.lrtt.small_forward(x_own, *on_gpu[2:], 0.7)
+    layer, doubles = on_gpu[2:5], [t.double() for t in (grad, x, c, a, b, bias)]
+    dz, *found, d_top = torch.ops.lrtt.small_backward(g_own, x_own, z, *layer, 0.7, True)
+
+    def exact(grad, x, c, a, b, bias, z, dz, alpha=0.7):
+        matrix, by_a, by_b = c + alpha * a @ b, alpha * grad.t() @ z, alpha * dz.t() @ x
+        return x @ matrix.t() + bias, x @ b.t(), grad @ a, by_a, by_b, by_a, by_b, grad.sum(0), grad @ matrix
+
+    given = [*doubles, z.double().cpu(), dz.double().cpu()]
+    terms = (k + r + 3, k, d, n + 1, n + 1, n + 1, n + 1, n, d + r + 3)
+    rows = zip((y, z, dz, *found), exact(*given), exact(*(t.abs() for t in given)), terms, strict=True)
+    assert all(_within(*row) for row in rows)
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    assert torch.equal(x_top.cpu(), x.abs().amax(1).view(torch.int32))
+    assert torch.equal(d_top.cpu(), grad.abs().amax(1).view(torch.int32))
+    *same, none, _ = torch.ops.lrtt.small_backward(g_own, x_own, z, *layer, 0.7, False)
+    assert none.shape == (0,) and all(torch.equal(p, q) for p, q in zip(same, (dz, *found[:-1]), strict=True))
+    without, _, _ = torch.ops.lrtt.small_forward(x_own, *layer, None, 0.7)
+    assert torch.equal(without + on_gpu[5], y)
 
 
 @pytest.mark.parametrize("fast", [None, devices.SoftBounds(dw_min=0.01)], ids=["digital", "pulsed"])
-@pytest.mark.parametrize("shape", [(40, 96), (2, 20, 96)], ids=["rows", "sequences"])
-def test_small_layer_on_a_gpu_is_the_one_on_a_cpu(shape, fast):
-    """y and all gradients in float32, the operands of the update among them.
+@pytest.mark.parametrize("shape", [(40, 96), (2, 20, 96), (300, 96)], ids=["rows", "sequences", "many"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
+def test_small_layer_on_a_gpu_is_the_one_on_a_cpu(shape, fast, transposed):
+    """y and all gradients in float32, the operands of the update among them; also of activations that lie by columns.
 
     Tolerance: sums of at most 96 products of numbers of size 1, in another order.
     """
@@ -142,9 +153,12 @@ def test_small_layer_on_a_gpu_is_the_one_on_a_cpu(shape, fast):
         own = LRTTLinear(96, 64, config=config, tile=0, device=device)
         own.load_state_dict(layer.state_dict())
         generator = torch.Generator().manual_seed(1)
-        x = torch.randn(shape, generator=generator).to(device).requires_grad_()
+        x, grad = (torch.randn((*shape[:-1], size), generator=generator).to(device) for size in (96, 64))
+        if transposed:
+            x, grad = (t.transpose(0, -1).contiguous().transpose(0, -1) for t in (x, grad))
+        x.requires_grad_()
         y = own(x)
-        y.backward(torch.randn(y.shape, generator=generator).to(device))
+        y.backward(grad)
         latched = [t for call in own.latch.calls for t in (call.x, call.xb, call.d, call.da)]
         found.append([y, x.grad, own.A.grad, own.B.grad, own.bias.grad, *latched])
     for cpu, gpu in zip(*found, strict=True):

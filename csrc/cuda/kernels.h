@@ -59,30 +59,39 @@ struct ProjectJob {
 
 void project(const ProjectJob& job, Stream stream);
 
-// The same of float32 rows, for small n k; r at most 16, z and w contiguous.
-struct SmallProjectJob {
-  const float *x, *w;
-  float* z;
+// A small float32 layer: c[d, k], a[d, r], b[r, k], contiguous; d and k at most kSmallWidth, r at most 16.
+constexpr int kSmallWidth = 1024, kSmallSamples = 256;
+struct SmallLayer {
+  const float *c, *a, *b;
+  int d, k, r;
+  float alpha;
+};
+
+// y[n, d] = x (c + alpha a b)^T + bias (or none), z[n, r] = x b^T, top[n] magnitude_bits of each sample's largest |x|.
+struct SmallForwardJob {
+  SmallLayer layer;
+  const float *x, *bias;
+  float *y, *z;
   uint32_t* top;
   int64_t x_stride;
-  int n, k, r;
+  int n;
 };
 
-void small_project(const SmallProjectJob& job, Stream stream);
+void forward(const SmallForwardJob& job, Stream stream);
 
-// Of a small float32 layer's output gradient grad[n, d], input x[n, k], z[n, r] = x b^T and a_t[r, d]: dz = grad a and
-// its rows' top (of |grad|), grad_a[d, r] = grad^T z, grad_b[r, k] = dz^T x and grad_bias[d] = sum of grad. n is at
-// most kSmallSamples, r at most 16; all but grad and x are contiguous.
-constexpr int kSmallSamples = 256;
-struct FactorJob {
-  const float *grad, *x, *z, *a_t;
-  float *dz, *grad_a, *grad_b, *grad_bias;
+// Of an output gradient grad[n, d]: dz[n, r] = grad a, top[n] of |grad|, grad_a[d, r] = alpha grad^T z,
+// grad_b[r, k] = alpha dz^T x, both twice, grad_bias[d] = sum of grad, and grad_x[n, k] = grad (c + alpha a b) unless
+// it is null. n is at most kSmallSamples.
+struct SmallBackwardJob {
+  SmallLayer layer;
+  const float *grad, *x, *z;
+  float *dz, *grad_a, *grad_b, *first_a, *first_b, *grad_bias, *grad_x;
   uint32_t* top;
   int64_t grad_stride, x_stride;
-  int n, d, k, r;
+  int n;
 };
 
-void small_gradients(const FactorJob& job, Stream stream);
+void backward(const SmallBackwardJob& job, Stream stream);
 
 // Whether a network of these groups can be relaxed by one kernel on the current device; scratch for so many samples.
 bool hopfield_fits(int odd, int even);

@@ -348,12 +348,16 @@ __device__ __forceinline__ void make_round(const DevicePulse* table, int count, 
                                            Kept kept) {
   const int64_t warps = int64_t(gridDim.x) * (blockDim.x / 32);
   int64_t task = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;  // from the first of the present job
-  for (int i = 0; i < count; ++i) {
-    const DevicePulse& p = table[i];
-    if (predicate.jobs && !fires(predicate.jobs[i], predicate.force)) continue;
-    const uint32_t tasks = tasks_of(p, round);
-    for (; task < tasks; task += warps) make_words<any>(p, uint32_t(task), round, kept);
-    task -= tasks;
+  const int lane = int(threadIdx.x % 32);
+  for (int first = 0; first < count; first += 32) {  // each lane asks a job of its own
+    const int own = first + lane;
+    const bool due = own < count && (!predicate.jobs || fires(predicate.jobs[own], predicate.force));
+    const uint32_t mine = due ? tasks_of(table[own], round) : 0;
+    for (int i = 0; i < 32 && first + i < count; ++i) {
+      const uint32_t tasks = __shfl_sync(0xffffffffu, mine, i);
+      for (; task < tasks; task += warps) make_words<any>(table[first + i], uint32_t(task), round, kept);
+      task -= tasks;
+    }
   }
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_lrtt.nn.latch import Operands
+from lightning_lrtt.nn.multiplication import Factors
 
 if TYPE_CHECKING:
     from lightning_lrtt.nn.tile import TileModule
@@ -62,29 +63,23 @@ class _LatchedRead(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             found = tile.products(x, c, a, b, bias, tile.config.alpha, dtype)
         ctx.merged, ctx.x_top = found.merged, found.x_top
-        ctx.save_for_backward(found.x, found.z, found.w, found.a, found.b)
+        ctx.save_for_backward(*found.kept)
         return found.y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         tile: TileModule = ctx.tile
-        alpha = tile.config.alpha
-        x, z, w, a, b = ctx.saved_tensors
-        grad = grad.to(x.dtype)
+        kept = Factors(*ctx.saved_tensors)
+        grad = grad.to(kept.x.dtype)
         bias_dtype = tile.A.dtype if ctx.needs_input_grad[4] else None
-        dz, grad_a, grad_b, grad_bias, d_top = tile.factor_gradients(grad, x, z, a, b, bias_dtype)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = tile.input_gradient(grad, x, w, ctx.in_dtype)
-            if not ctx.merged:
-                tile.add_input_gradient(grad_x, dz, x, b, alpha)
-        if alpha != 1.0:
-            grad_a, grad_b = alpha * grad_a, alpha * grad_b
-        grad_a, grad_b = grad_a.to(tile.A.dtype), grad_b.to(tile.B.dtype)
+        in_dtype = ctx.in_dtype if ctx.needs_input_grad[0] else None
+        found = tile.gradients(grad, kept, ctx.merged, tile.config.alpha, bias_dtype, in_dtype)
+        grad_a, grad_b = found.a.to(tile.A.dtype), found.b.to(tile.B.dtype)
         if _accumulates(ctx.next_functions[2:4]):
             tile.latch.enter(torch._C._current_graph_task_id(), tile.A.grad is None)
-            tile.latch.samples += z.numel() // a.shape[1]
+            tile.latch.samples += kept.z.numel() // kept.a.shape[1]
             if tile.config.is_pulsed:
-                tile.latch.add(Operands(x, z, grad, dz, x._version, ctx.x_top, d_top), grad_a, grad_b)
-        return grad_x, None, grad_a, grad_b, grad_bias, None
+                operands = Operands(kept.x, kept.z, grad, found.dz, kept.x._version, ctx.x_top, found.d_top)
+                tile.latch.add(operands, grad_a, grad_b, found.copies)
+        return found.x, None, grad_a, grad_b, found.bias, None

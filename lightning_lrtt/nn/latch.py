@@ -46,12 +46,19 @@ class Latch:
             self.clear()
         self.task = task
 
-    def add(self, operands: Operands, grad_a: Tensor, grad_b: Tensor) -> None:
-        """Append one call. The sums are built in autograd's own order, so they equal ``p.grad`` bit for bit."""
+    def add(
+        self, operands: Operands, grad_a: Tensor, grad_b: Tensor, copies: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        """Append one call. The sums are built in autograd's own order, so they equal ``p.grad`` bit for bit.
+
+        Copies of the gradients, which are made here unless given: autograd may keep the very tensors that backward
+        returns as p.grad, and clipping writes there.
+        """
         self.calls.append(operands)
-        # Copies: autograd may keep the very tensors that backward returns as p.grad, and clipping writes there.
-        self.grad_a = grad_a.clone() if self.grad_a is None else self.grad_a + grad_a
-        self.grad_b = grad_b.clone() if self.grad_b is None else self.grad_b + grad_b
+        if self.grad_a is None or self.grad_b is None:
+            self.grad_a, self.grad_b = copies or (grad_a.clone(), grad_b.clone())
+        else:
+            self.grad_a, self.grad_b = self.grad_a + grad_a, self.grad_b + grad_b
 
     def clear(self) -> None:
         """Forget everything: after a step, and when gradients are zeroed."""

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lrtt.config import LRTTConfig
-from lightning_lrtt.nn.multiplication import FactorGradients
+from lightning_lrtt.nn.multiplication import Factors, Gradients, Products
 from lightning_lrtt.nn.tile import TileModule
-from lightning_lrtt.ops.product_kernels import HALVES, gathers, projects
+from lightning_lrtt.ops.product_kernels import HALVES, is_small, projects
 
 
 class LRTTLinear(TileModule):
@@ -117,14 +117,25 @@ class LRTTLinear(TileModule):
         top = torch.ops.lrtt.project_(self.samples(z), rows, b, narrow)
         return x if narrow is None else narrow.view(x.shape), z, top
 
-    def factor_gradients(
-        self, grad: Tensor, x: Tensor, z: Tensor, a: Tensor, b: Tensor, bias: torch.dtype | None
-    ) -> FactorGradients:
-        rows, own_x, own_z = self.samples(grad), self.samples(x), self.samples(z)
-        if not gathers(rows, own_x, own_z, a):
-            return super().factor_gradients(grad, x, z, a, b, bias)
-        dz, by_a, by_b, by_bias, top = torch.ops.lrtt.factor_gradients(rows, own_x, own_z, a)
-        return FactorGradients(dz.view(z.shape), by_a, by_b, None if bias is None else by_bias, top)
+    def products(
+        self, x: Tensor, c: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, dtype: torch.dtype
+    ) -> Products:
+        rows = self.samples(x)
+        if dtype != x.dtype or not is_small(rows, c, b.shape[0]):
+            return super().products(x, c, a, b, bias, alpha, dtype)
+        y, z, top = torch.ops.lrtt.small_forward(rows, c, a, b, bias, alpha)
+        return Products(self.unsamples(y, x), Factors(x, self.unsamples(z, x), c, a, b), False, top)
+
+    def gradients(
+        self, grad: Tensor, kept: Factors, merged: bool, alpha: float, bias: torch.dtype | None, x: torch.dtype | None
+    ) -> Gradients:
+        rows, z = self.samples(grad), self.samples(kept.z)
+        if merged or not is_small(rows, kept.w, z.shape[1]):
+            return super().gradients(grad, kept, merged, alpha, bias, x)
+        own = (rows, self.samples(kept.x), z, kept.w, kept.a, kept.b)
+        dz, by_a, by_b, *copies, by_bias, by_x, top = torch.ops.lrtt.small_backward(*own, alpha, x is not None)
+        own_x, own_bias = None if x is None else by_x.view(kept.x.shape), None if bias is None else by_bias
+        return Gradients(dz.view(kept.z.shape), by_a, by_b, own_bias, own_x, top, (copies[0], copies[1]))
 
     def input_gradient(self, grad: Tensor, x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
         if grad.is_cuda and grad.dtype in HALVES and dtype == torch.float32:  # as it is added up

@@ -11,27 +11,35 @@ from torch import Tensor, nn
 _SMALL = 2**20  # cells
 
 
-class Products(NamedTuple):
-    """What a read computes: the output y, and the operands in the dtype of the products."""
+class Factors(NamedTuple):
+    """What a read keeps for its backward pass: operands in the dtype of the products."""
 
-    y: Tensor
     x: Tensor
     z: Tensor  # X_B
     w: Tensor  # the matrix that x was multiplied by: C, or C + alpha A B
     a: Tensor
     b: Tensor
-    merged: bool  # whether w contains the factors
+
+
+class Products(NamedTuple):
+    """What a read computes."""
+
+    y: Tensor
+    kept: Factors
+    merged: bool  # whether kept.w contains the factors
     x_top: Tensor | None  # as `Operands.x_top`
 
 
-class FactorGradients(NamedTuple):
-    """What backward owes the factors and the bias."""
+class Gradients(NamedTuple):
+    """What backward owes the factors, the bias and the input."""
 
     dz: Tensor  # D_A
     a: Tensor
     b: Tensor
     bias: Tensor | None
+    x: Tensor | None
     d_top: Tensor | None  # as `Operands.d_top`
+    copies: tuple[Tensor, Tensor] | None = None  # of the gradients of A and B, where they came by the way
 
 
 class Multiplication(nn.Module):
@@ -84,21 +92,28 @@ class Multiplication(nn.Module):
             self.add_mix(y, z, a, alpha)
             if bias is not None:
                 y = self.add_bias(y)
-        return Products(y, x, z, w, a, b, merged, x_top)
+        return Products(y, Factors(x, z, w, a, b), merged, x_top)
 
     def factor_product(self, x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """x in ``dtype``, ``project(x, b)`` of it, and `Operands.x_top` where it is at hand."""
         x = x.to(dtype)
         return x, self.project(x, b), None
 
-    def factor_gradients(
-        self, grad: Tensor, x: Tensor, z: Tensor, a: Tensor, b: Tensor, bias: torch.dtype | None
-    ) -> FactorGradients:
-        """Gradients of A and B as they enter `products`, and of a bias of dtype ``bias``."""
-        dz, by_a, d_top = self.mix_backward(grad, z, a)
-        _, by_b = self.project_backward(dz, x, b, (False, True))
+    def gradients(
+        self, grad: Tensor, kept: Factors, merged: bool, alpha: float, bias: torch.dtype | None, x: torch.dtype | None
+    ) -> Gradients:
+        """What the output gradient ``grad`` says to A and B, and where a dtype is given, to the bias and to the input."""
+        dz, by_a, d_top = self.mix_backward(grad, kept.z, kept.a)
+        _, by_b = self.project_backward(dz, kept.x, kept.b, (False, True))
         assert by_b is not None
-        return FactorGradients(dz, by_a, by_b, None if bias is None else self.bias_gradient(grad, bias), d_top)
+        by_bias, by_x = None if bias is None else self.bias_gradient(grad, bias), None
+        if x is not None:
+            by_x = self.input_gradient(grad, kept.x, kept.w, x)
+            if not merged:
+                self.add_input_gradient(by_x, dz, kept.x, kept.b, alpha)
+        if alpha != 1.0:
+            by_a, by_b = alpha * by_a, alpha * by_b
+        return Gradients(dz, by_a, by_b, by_bias, by_x, d_top)
 
     def input_gradient(self, grad: Tensor, x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
         """The gradient of `project` by x, in ``dtype``."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_lrtt.ops import schema
-from lightning_lrtt.ops.kernels import _ELEMENT_TYPES, _run, _same_device
+from lightning_lrtt.ops.kernels import _ELEMENT_TYPES, _contiguous, _run, _same_device
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -28,26 +28,16 @@ def merge(c: Tensor, a: Tensor, b: Tensor, alpha: float, dtype: torch.dtype) -> 
 
 def projects(x: Tensor, r: int, dtype: torch.dtype) -> bool:
     """Whether one kernel serves `project_` of x ``[n, k]`` and a factor of rank r in ``dtype``."""
-    n, k = x.shape
-    if not x.is_cuda or r > 16:
-        return False
-    if dtype == torch.float32:  # where the sums take less time than launches
-        return x.dtype == dtype and n * k <= 2**16 and k <= 2**11
-    return dtype in HALVES and x.dtype in (torch.float32, dtype) and k % 32 == 0
+    return x.is_cuda and r <= 16 and dtype in HALVES and x.dtype in (torch.float32, dtype) and x.shape[1] % 32 == 0
 
 
 def project_(z: Tensor, x: Tensor, w: Tensor, narrow: Tensor | None) -> Tensor:
     _same_device("project_", z, x=x, w=w)
     (n, k), r, dtype = x.shape, w.shape[0], w.dtype
     served = projects(x, r, dtype) and z.dtype == dtype and w.is_contiguous() and z.stride(1) == x.stride(1) == 1
-    if served and dtype == torch.float32 and narrow is None and z.is_contiguous():
-        top = torch.empty(n, dtype=torch.int32, device=x.device)
-        pointers = (t.data_ptr() for t in (x, w, z, top))
-        _run(z, "small_project", *pointers, x.stride(0), n, k, r)
-        return top
     rows = [x, w] if narrow is None else [x, w, narrow]
     whole = all(t.stride(1) == 1 and t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in rows)
-    if not (served and whole and (x.dtype != dtype) == (narrow is not None)) or dtype == torch.float32:
+    if not (served and whole and (x.dtype != dtype) == (narrow is not None)):
         own = x if narrow is None else narrow.copy_(x)
         torch.mm(own, w.t(), out=z)
         return own.abs().amax(1).float().view(torch.int32)
@@ -58,29 +48,67 @@ def project_(z: Tensor, x: Tensor, w: Tensor, narrow: Tensor | None) -> Tensor:
     return top
 
 
-def gathers(grad: Tensor, x: Tensor, z: Tensor, a: Tensor) -> bool:
-    """Whether one kernel serves `factor_gradients` of these operands."""
-    n, d = grad.shape
-    floats = all(t.dtype == torch.float32 and t.is_cuda for t in (grad, x, z, a))
-    small = 0 < n <= 256 and n * d <= 2**16 and max(d, x.shape[1]) <= 2**11 and z.shape[1] <= 16
-    return floats and small and grad.stride(1) == x.stride(1) == 1 and z.is_contiguous() and a.t().is_contiguous()
+def is_small(x: Tensor, c: Tensor, r: int) -> bool:
+    """Whether a forward or backward pass of a layer with C ``[d, k]`` and rank r is one launch, for x of n rows.
+
+    Where it is, its sums take less time than several launches.
+    """
+    n, cells = x.shape[0], c.numel()
+    floats = x.is_cuda and x.dtype == c.dtype == torch.float32
+    return floats and 0 < n <= 256 and 0 < cells * n <= 2**25 and max(c.shape) <= 2**10 and 0 < r <= 16
 
 
-def factor_gradients(grad: Tensor, x: Tensor, z: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _same_device("factor_gradients", grad, x=x, z=z, a=a)
-    if not gathers(grad, x, z, a):
+def _layer(op: str, c: Tensor, a: Tensor, b: Tensor, alpha: float) -> tuple[float, ...]:
+    pointers = (_contiguous(op, name, t, torch.float32) for name, t in (("c", c), ("a", a), ("b", b)))
+    return (*pointers, *c.shape, a.shape[1], alpha)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def small_forward(
+    x: Tensor, c: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, alpha: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _same_device("small_forward", c, x=x, a=a, b=b, **({} if bias is None else {"bias": bias}))
+    (d, r), n = a.shape, x.shape[0]
+    if not is_small(x, c, r):
+        z = x @ b.t()
+        y = torch.addmm(x @ c.t(), z, a.t(), alpha=alpha)
+        return y if bias is None else y + bias, z, x.abs().amax(1).float().view(torch.int32)
+    x, y, z = _rows(x), x.new_empty((n, d)), x.new_empty((n, r))
+    top = torch.empty(n, dtype=torch.int32, device=x.device)
+    own = 0 if bias is None else _contiguous("small_forward", "bias", bias, torch.float32)
+    pointers = (x.data_ptr(), own, y.data_ptr(), z.data_ptr(), top.data_ptr())
+    _run(c, "small_forward", _layer("small_forward", c, a, b, alpha), *pointers, x.stride(0), n)
+    return y, z, top
+
+
+def small_backward(
+    grad: Tensor, x: Tensor, z: Tensor, c: Tensor, a: Tensor, b: Tensor, alpha: float, input_gradient: bool
+) -> tuple[Tensor, ...]:
+    _same_device("small_backward", c, grad=grad, x=x, z=z, a=a, b=b)
+    n, r = z.shape
+    if not is_small(grad, c, r) or x.dtype != torch.float32:
         dz = grad @ a
+        by_a, by_b = alpha * (grad.t() @ z), alpha * (dz.t() @ x)
+        by_x = torch.addmm(grad @ c, dz, b, alpha=alpha) if input_gradient else grad.new_empty(0)
         top = grad.abs().amax(1).float().view(torch.int32)
-        return dz, grad.t() @ z, dz.t() @ x, grad.sum(0), top
-    (n, d), k, r = grad.shape, x.shape[1], z.shape[1]
-    found = [grad.new_empty(shape) for shape in ((n, r), (d, r), (r, k), (d,))]
+        return dz, by_a, by_b, by_a.clone(), by_b.clone(), grad.sum(0), by_x, top
+    grad, x = _rows(grad), _rows(x)
+    by_x = torch.empty_like(x, memory_format=torch.contiguous_format) if input_gradient else grad.new_empty(0)
+    found = [grad.new_empty(t.shape) for t in (z, a, b, a, b)]
+    found += [grad.new_empty(c.shape[0]), by_x]
     top = torch.empty(n, dtype=torch.int32, device=grad.device)
-    pointers = (t.data_ptr() for t in (grad, x, z, a, *found, top))
-    _run(grad, "factor_gradients", *pointers, grad.stride(0), x.stride(0), n, d, k, r)
-    return found[0], found[1], found[2], found[3], top
+    own = (grad.data_ptr(), x.data_ptr(), _contiguous("small_backward", "z", z, torch.float32))
+    pointers = (*own, *(t.data_ptr() for t in found))
+    layer = _layer("small_backward", c, a, b, alpha)
+    _run(c, "small_backward", layer, pointers, top.data_ptr(), grad.stride(0), x.stride(0), n)
+    return *found, top
 
 
 for _key in ("CPU", "CUDA"):
     schema.library.impl("merge", merge, _key)
     schema.library.impl("project_", project_, _key)
-    schema.library.impl("factor_gradients", factor_gradients, _key)
+    schema.library.impl("small_forward", small_forward, _key)
+    schema.library.impl("small_backward", small_backward, _key)

@@ -101,10 +101,17 @@ library.define("merge(Tensor c, Tensor a, Tensor b, float alpha, ScalarType dtyp
 # z [n, r] <- x [n, k] w [r, k]^T in w's dtype, and x in it into `narrow`; returns int32 [n], the bits of the largest |x|
 # of that dtype as float32: what `pulsed_update_` takes as x_top or d_top.
 library.define("project_(Tensor(a!) z, Tensor x, Tensor w, Tensor(b!)? narrow) -> Tensor")
-# Of an output gradient [n, d], the input x [n, k], z [n, r] = x B^T and A [d, r]: dz = grad A, the gradients of A and B,
-# that of a bias, and the bits of each sample's largest |grad| as `project_` returns them.
+# x [n, k] times c + alpha a b, [d, k] + [d, r] [r, k], plus a bias [d]: y [n, d], z = x b^T [n, r], and the bits of each
+# sample's largest |x| as `project_` returns them.
 library.define(
-    "factor_gradients(Tensor grad, Tensor x, Tensor z, Tensor a) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "small_forward(Tensor x, Tensor c, Tensor a, Tensor b, Tensor? bias, float alpha) -> (Tensor, Tensor, Tensor)"
+)
+# Of an output gradient [n, d] and what went through `small_forward`: dz = grad a, the gradients of a and b (factor alpha
+# included), copies of both, the gradient of a bias, that of x (or [0]: not wanted), and the bits of each sample's largest
+# |grad|.
+library.define(
+    "small_backward(Tensor grad, Tensor x, Tensor z, Tensor c, Tensor a, Tensor b, float alpha, bool input_gradient) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 # Decodes GGML blocks: blocks uint8 [rows * bytes of a row], out [rows, columns] float32 or bfloat16 with unit stride in a
 # row; row i goes to row rows[i] of out (int64 [rows], each of them once; None: row i).
@@ -253,18 +260,34 @@ def _(z, x, w, narrow):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], dtype=torch.int32)
 
 
-@torch.library.register_fake("lrtt::factor_gradients", lib=library)
-def _(grad, x, z, a):  # type: ignore[no-untyped-def]
-    (n, d), k, r = grad.shape, x.shape[1], z.shape[1]
+@torch.library.register_fake("lrtt::small_forward", lib=library)
+def _(x, c, a, b, bias, alpha):  # type: ignore[no-untyped-def]
+    (d, k), r = c.shape, a.shape[1]
     torch._check(
-        tuple(a.shape) == (d, r) and x.shape[0] == z.shape[0] == n,
+        x.dim() == 2 and x.shape[1] == k and a.shape[0] == d and tuple(b.shape) == (r, k),
         lambda: (
-            f"factor_gradients: grad [n, d], x [n, k], z [n, r], a [d, r] must agree, got "
-            f"{[list(t.shape) for t in (grad, x, z, a)]}"
+            f"small_forward: x [n, k], c [d, k], a [d, r], b [r, k] must agree, got {[list(t.shape) for t in (x, c, a, b)]}"
         ),
     )
-    found = tuple(grad.new_empty(shape) for shape in ((n, r), (d, r), (r, k), (d,)))
-    return *found, grad.new_empty(n, dtype=torch.int32)
+    n = x.shape[0]
+    return x.new_empty((n, d)), x.new_empty((n, r)), x.new_empty(n, dtype=torch.int32)
+
+
+@torch.library.register_fake("lrtt::small_backward", lib=library)
+def _(grad, x, z, c, a, b, alpha, input_gradient):  # type: ignore[no-untyped-def]
+    (n, d), k, r = grad.shape, x.shape[1], z.shape[1]
+    torch._check(
+        tuple(c.shape) == (d, k)
+        and tuple(a.shape) == (d, r)
+        and tuple(b.shape) == (r, k)
+        and x.shape[0] == z.shape[0] == n,
+        lambda: (
+            f"small_backward: grad [n, d], x [n, k], z [n, r], c [d, k], a [d, r], b [r, k] must agree, got "
+            f"{[list(t.shape) for t in (grad, x, z, c, a, b)]}"
+        ),
+    )
+    shapes = ((n, r), (d, r), (r, k), (d, r), (r, k), (d,), (n, k) if input_gradient else (0,))
+    return *(grad.new_empty(shape) for shape in shapes), grad.new_empty(n, dtype=torch.int32)
 
 
 @torch.library.register_fake("lrtt::dequantize_", lib=library)
