@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lightning_lrtt.nn.latch import Operands
 from lightning_lrtt.nn.multiplication import Factors
@@ -16,21 +18,31 @@ if TYPE_CHECKING:
 
 def digital_read(tile: TileModule, x: Tensor) -> Tensor:
     """The tile's output by ordinary autograd; A and B get their exact gradients, C gets none."""
-    y = tile.project(x, tile.weight.detach())  # whoever unfroze it: C moves by transfers only
-    return tile.with_mix(y, tile.project(x, tile.B), tile.A, tile.config.alpha)
+    return _formula(tile, x, tile.weight, tile.A, tile.B)
+
+
+def _formula(tile: TileModule, x: Tensor, c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    y = tile.project(x, c.detach())  # whoever unfroze it: C moves by transfers only
+    return tile.with_mix(y, tile.project(x, b), a, tile.config.alpha)
 
 
 def is_latched(tile: TileModule, x: Tensor) -> bool:
     """Whether `latched_read` is what reads the tile, not `digital_read`.
 
-    It must, where backward leaves something for the update. Where autocast copies C it is the faster one on digital tiles
-    too, unless a compiler fuses the read, whose graph it would break.
+    It must, where backward leaves something for the update. On digital tiles too it is the faster one where autocast copies
+    C, and for small layers on a GPU, unless something looks at the read's own operations: a compiler, which fuses them,
+    a function transform or forward-mode differentiation.
     """
     config, kind = tile.config, x.device.type
     if not (torch.is_grad_enabled() and tile.A.requires_grad and config.io is None):
         return False
+    if config.is_pulsed or config.transfer_unit == "samples":
+        return True
     copies = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != tile.weight.dtype
-    return config.is_pulsed or config.transfer_unit == "samples" or (copies and not torch.compiler.is_compiling())
+    watched = (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+    return (copies or tile.takes_one_launch(x)) and not watched
 
 
 # A compiled graph would drop the latch, and with it every update.
@@ -63,23 +75,50 @@ class _LatchedRead(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             found = tile.products(x, c, a, b, bias, tile.config.alpha, dtype)
         ctx.merged, ctx.x_top = found.merged, found.x_top
-        ctx.save_for_backward(*found.kept)
+        ctx.again = dtype == x.dtype and not tile.config.is_pulsed
+        ctx.save_for_backward(*found.kept, *((x, c, a, b) if ctx.again else ()))
         return found.y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tile: TileModule = ctx.tile
-        kept = Factors(*ctx.saved_tensors)
-        grad = grad.to(kept.x.dtype)
-        bias_dtype = tile.A.dtype if ctx.needs_input_grad[4] else None
-        in_dtype = ctx.in_dtype if ctx.needs_input_grad[0] else None
-        found = tile.gradients(grad, kept, ctx.merged, tile.config.alpha, bias_dtype, in_dtype)
-        grad_a, grad_b = found.a.to(tile.A.dtype), found.b.to(tile.B.dtype)
-        if _accumulates(ctx.next_functions[2:4]):
-            tile.latch.enter(torch._C._current_graph_task_id(), tile.A.grad is None)
-            tile.latch.samples += kept.z.numel() // kept.a.shape[1]
-            if tile.config.is_pulsed:
-                operands = Operands(kept.x, kept.z, grad, found.dz, kept.x._version, ctx.x_top, found.d_top)
-                tile.latch.add(operands, grad_a, grad_b, found.copies)
-        return found.x, None, grad_a, grad_b, found.bias, None
+        if ctx.again and torch.is_grad_enabled():
+            return _backward_by_autograd(ctx, grad)
+        found: tuple[Tensor | None, ...] = _backward_once(ctx, grad)
+        return found
+
+
+def _latch(ctx: Any, samples: int) -> bool:
+    """Counts the samples of a backward pass that leaves gradients in A and B; says whether it does."""
+    if not _accumulates(ctx.next_functions[2:4]):
+        return False
+    ctx.tile.latch.enter(torch._C._current_graph_task_id(), ctx.tile.A.grad is None)
+    ctx.tile.latch.samples += samples
+    return True
+
+
+@torch.autograd.function.once_differentiable
+def _backward_once(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tile: TileModule = ctx.tile
+    kept = Factors(*ctx.saved_tensors[:5])
+    grad = grad.to(kept.x.dtype)
+    bias_dtype = tile.A.dtype if ctx.needs_input_grad[4] else None
+    in_dtype = ctx.in_dtype if ctx.needs_input_grad[0] else None
+    found = tile.gradients(grad, kept, ctx.merged, tile.config.alpha, bias_dtype, in_dtype)
+    grad_a, grad_b = found.a.to(tile.A.dtype), found.b.to(tile.B.dtype)
+    if _latch(ctx, kept.z.numel() // kept.a.shape[1]) and tile.config.is_pulsed:
+        operands = Operands(kept.x, kept.z, grad, found.dz, kept.x._version, ctx.x_top, found.d_top)
+        tile.latch.add(operands, grad_a, grad_b, found.copies)
+    return found.x, None, grad_a, grad_b, found.bias, None
+
+
+def _backward_by_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The same for a digital tile's gradient that will be differentiated once more: through the formula itself."""
+    x, c, a, b = ctx.saved_tensors[5:]
+    _latch(ctx, ctx.saved_tensors[1].numel() // a.shape[1])
+    with torch.autocast(x.device.type, enabled=False):
+        y = _formula(ctx.tile, x, c, a, b)
+        leaves = [t for t, needed in zip((x, a, b), itemgetter(0, 2, 3)(ctx.needs_input_grad), strict=True) if needed]
+        found = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
+        by_x, by_a, by_b = (next(found) if needed else None for needed in itemgetter(0, 2, 3)(ctx.needs_input_grad))
+        by_bias = ctx.tile.bias_gradient(grad, ctx.tile.A.dtype) if ctx.needs_input_grad[4] else None
+    return by_x, None, by_a, by_b, by_bias, None

@@ -117,6 +117,9 @@ class LRTTLinear(TileModule):
         top = torch.ops.lrtt.project_(self.samples(z), rows, b, narrow)
         return x if narrow is None else narrow.view(x.shape), z, top
 
+    def takes_one_launch(self, x: Tensor) -> bool:
+        return is_small(self.samples(x), self.matrix, self.config.rank)
+
     def products(
         self, x: Tensor, c: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, dtype: torch.dtype
     ) -> Products:

@@ -58,6 +58,10 @@ class Multiplication(nn.Module):
         """Gradients of `project` by x and by w (as ``[rows, k]``); None where not needed."""
         raise NotImplementedError
 
+    def takes_one_launch(self, x: Tensor) -> bool:
+        """Whether `products` of x, and `gradients`, are one kernel each."""
+        return False
+
     def mix(self, z: Tensor, a: Tensor) -> Tensor:
         """z times A^T: r features to d."""
         raise NotImplementedError
