@@ -44,8 +44,12 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
   for (int begin = 0; begin < rows; begin += kSegmentWords) {
     const int many = min(rows - begin, kSegmentWords);
     __syncthreads();  // the segment before is done with
-    const bool covered = p.place[block] <= begin && p.place[block] + p.words[block] >= begin + many;
-    const int negs = covered && signed_words(p, p.widths[block]) ? 0 : min(many, p.neg_capacity - begin);
+    const int first = block;
+    const BlockPlace at_first = place_of(p, first);
+    const bool covered = at_first.place <= begin && at_first.place + at_first.words >= begin + many;
+    const int negs = covered && signed_words(p, at_first.width) ? 0 : min(many, p.neg_capacity - begin);
+    if (threadIdx.x < kPlaces && first + int(threadIdx.x) < last)
+      shared.places[threadIdx.x] = place_of(p, first + int(threadIdx.x));
     copy_stored(along_columns ? p.d_bits : p.x_bits, along_columns ? p.d_neg : p.x_neg, begin, many, negs, shorter,
                 short0, shared.shorter);
     copy_stored(along_columns ? p.x_bits : p.d_bits, along_columns ? p.x_neg : p.d_neg, begin, many, negs, longer,
@@ -54,7 +58,8 @@ __device__ __forceinline__ void run_cells(const DevicePulse& p, int tile_block, 
     __pipeline_wait_prior(0);
     __syncthreads();
     for (; block < last; ++block) {
-      const int words = p.words[block], width = p.widths[block], place = p.place[block] - begin, end = place + words;
+      const BlockPlace own = block - first < kPlaces ? shared.places[block - first] : place_of(p, block);
+      const int words = own.words, width = own.width, place = own.place - begin, end = place + words;
       const bool is_signed = signed_words(p, width);
       if (words == 0) continue;
       if (place >= many) break;

@@ -20,11 +20,23 @@ struct Segment {
   uint32_t bits[rows][kRowWords], neg[rows][kRowWords];
 };
 
+// Where the words of a block of samples lie.
+struct alignas(16) BlockPlace {
+  int words, width, place;
+};
+
+__device__ __forceinline__ BlockPlace place_of(const DevicePulse& p, int block) {
+  return BlockPlace{p.words[block], p.widths[block], p.place[block]};
+}
+
+constexpr int kPlaces = 32;  // blocks of a segment that are looked up together
+
 struct Shared {
   Segment<kLongLanes> longer;
   Segment<kShortRows> shorter;
   float levels[2 * kNoiseLevels];
   float2 roots[33];  // n and sqrt(n) of a burst; behind the levels, by whose address they are found
+  BlockPlace places[kPlaces];
 };
 
 // Starts to copy the stored words [row0, row0 + words) of the elements from `first` on, zero beyond `elements` and up
