@@ -90,3 +90,23 @@ def test_single_slots_of_trains_that_may_be_long(pulse: PulseConfig, columns: in
     results = on_both(run, torch.zeros(6, columns), counts, x, d, eta, state)
     assert results[0][1][2] > 0, "no pulses: the test would compare nothing"
     assert_same([result[:2] for result in results], ("w", "counts"))
+
+
+def test_blocks_of_single_slots_beside_blocks_of_pairs_and_more() -> None:
+    """Neighbouring blocks of 512 samples whose words hold 32, 16 and 4 samples, by the same kernel at the same time."""
+    model = DEVICES["soft"]
+    config = LRTTConfig(rank=1, reinit_gain=1.0, fast_device=model, visible_device=model)
+    generator = torch.Generator().manual_seed(0)
+    x, d = ((torch.rand(4096, n, generator=generator) - 0.5).bfloat16().float() for n in (600, 40))
+    d *= torch.tensor([1.0, 4.0, 1.0, 16.0, 1.0, 4.0, 16.0, 1.0]).repeat_interleave(512)[:, None]
+    state, counts = state_and_counts()
+    hyper, eta = config.pack(600), torch.tensor(0.004)  # eta max|x| max|d| / dw_min <= 0.5 where d is not scaled
+
+    def run(w, counts, x, d, eta, state):  # type: ignore[no-untyped-def]
+        if w.is_cuda:
+            x, d = x.bfloat16(), d.bfloat16()
+        torch.ops.lrtt.pulsed_update_([w], [x], [d], [eta], [state], [counts], [hyper], [2], [0], None)
+
+    results = on_both(run, torch.zeros(40, 600), counts, x, d, eta, state)
+    assert results[0][1][2] > 100_000
+    assert_same([result[:2] for result in results], ("w", "counts"))

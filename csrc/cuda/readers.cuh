@@ -1,8 +1,6 @@
 // How streams read their operands: a block of samples, four elements of a sample at a time.
 #pragma once
 
-#include <type_traits>
-
 #include "pulses.cuh"
 
 namespace lrtt::cuda {
@@ -44,21 +42,13 @@ struct Reader {
     stride = v.ss * size;
     at = static_cast<const char*>(v.p) + block.first_row * stride + int64_t(4 * group) * size;
   }
-  using Raw = std::conditional_t<kind == kVectorFloat, uint4, uint2>;
-  __device__ __forceinline__ const Raw* source(int s) const { return reinterpret_cast<const Raw*>(at + s * stride); }
   __device__ __forceinline__ uint4 read(int s) const {
-    if constexpr (kind == kVectorFloat) {
-      return __ldg(source(s));
-    } else {
-      const uint2 f = __ldg(source(s));
-      return make_uint4(f.x, f.y, 0u, 0u);
-    }
+    if (kind == kVectorFloat) return __ldg(reinterpret_cast<const uint4*>(at + s * stride));
+    const uint2 f = __ldg(reinterpret_cast<const uint2*>(at + s * stride));
+    return make_uint4(f.x, f.y, 0u, 0u);
   }
   __device__ __forceinline__ static uint4 decode(const uint4& raw) {
     if (kind == kVectorFloat) return raw;
-    return decode(make_uint2(raw.x, raw.y));
-  }
-  __device__ __forceinline__ static uint4 decode(const uint2& raw) {
     return make_uint4(raw.x << 16, raw.x & 0xffff0000u, raw.y << 16, raw.y & 0xffff0000u);
   }
 };

@@ -1,8 +1,6 @@
 // Streams of bits: of every element of both sides, in which slots it fires and where it is negative.
 #pragma once
 
-#include <cuda_pipeline_primitives.h>
-
 #include <type_traits>
 
 #include "readers.cuh"
@@ -204,58 +202,6 @@ __device__ __forceinline__ void make_word(const Operand& v, int elements, const 
   }
 }
 
-constexpr int kHalf = 32 / kParts;  // single slots of a word that a thread makes
-
-// A thread's kHalf samples in turn, first, first + 1, ... (zero from `many` on), by copies into shared memory that are
-// under way while samples before them are used. Samples are taken by parts().
-template <Access kind>
-struct Ahead {
-  using Raw = typename Reader<kind>::Raw;
-  static constexpr int kRoom = int(kMost * sizeof(uint4) / sizeof(Raw)), kPart = kRoom / 2;
-  const Reader<kind>& reader;
-  int first, many;
-  Raw* mine;
-
-  __device__ __forceinline__ Ahead(const Reader<kind>& r, int first_sample, int count, Kept kept)
-      : reader(r), first(first_sample), many(count), mine(reinterpret_cast<Raw*>(kept.loads) + threadIdx.x) {
-    issue(0);
-    issue(kPart);
-  }
-  __device__ __forceinline__ Raw* slot(int i) const { return mine + i % kRoom * int(blockDim.x); }
-  __device__ __forceinline__ void issue(int begin) const {
-#pragma unroll
-    for (int u = 0; u < kPart; ++u) {
-      const bool there = begin + u < many;
-      __pipeline_memcpy_async(slot(begin + u), reader.source(there ? first + begin + u : 0), sizeof(Raw),
-                              there ? 0 : sizeof(Raw));
-    }
-    __pipeline_commit();
-  }
-  __device__ __forceinline__ void wait(int) const { __pipeline_wait_prior(1); }
-  __device__ __forceinline__ void used(int begin) const {
-    if (begin + kRoom < kHalf) {
-      issue(begin + kRoom);
-    } else {
-      __pipeline_commit();  // nothing, so that the last but one is always the one to wait for
-    }
-  }
-  __device__ __forceinline__ uint4 operator[](int i) const { return Reader<kind>::decode(*slot(i)); }
-};
-
-template <>
-struct Ahead<kScattered> {
-  static constexpr int kPart = kMost;
-  const Reader<kScattered>& reader;
-  int first, many;
-  Kept kept;
-
-  __device__ __forceinline__ Ahead(const Reader<kScattered>& r, int first_sample, int count, Kept k)
-      : reader(r), first(first_sample), many(count), kept(k) {}
-  __device__ __forceinline__ void wait(int begin) const { keep(reader, first + begin, 1, many - begin, kept); }
-  __device__ __forceinline__ void used(int) const {}
-  __device__ __forceinline__ uint4 operator[](int i) const { return kept[i % kMost]; }
-};
-
 // Word `word` of a block whose trains are single slots or none, whose scale is 0: the most frequent case, without a
 // branch on the train. Thread (part, group) takes half of the samples, in order; two at a time hide each other's
 // latencies.
@@ -263,11 +209,11 @@ template <Access kind>
 __device__ __forceinline__ void make_single_slots(const Operand& v, int elements, const BlockView& samples,
                                                   const Side& side, int word, int chunk, Kept kept, uint32_t* to_bits_,
                                                   uint32_t* to_neg) {
+  constexpr int half = 32 / kParts;
   const int lane = int(threadIdx.x % 32), part = lane / kWarpGroups, group = chunk * kWarpGroups + lane % kWarpGroups;
   const bool inside = 4 * group < elements;
   const Reader<kind> reader(v, elements, group, samples);
-  const int first = word * 32 + part * kHalf, many = inside ? samples.samples - first : 0;
-  const Ahead<kind> ahead(reader, first, many, kept);
+  const int first = word * 32 + part * half, many = inside ? samples.samples - first : 0;
   float my_scale = 0.0f;
   if (word * 32 + lane < samples.samples) {
     const Planned& mine = samples.trains[word * 32 + lane];
@@ -275,17 +221,17 @@ __device__ __forceinline__ void make_single_slots(const Operand& v, int elements
   }
   uint32_t bits[4] = {}, neg[4] = {}, sample = (uint32_t(samples.first_sample) + uint32_t(first)) * 64u, mask = 1u;
 #pragma unroll 1
-  for (int begin = 0; begin < kHalf; begin += ahead.kPart) {
-    ahead.wait(begin);
+  for (int begin = 0; begin < half; begin += kMost) {
+    keep(reader, first + begin, 1, many - begin, kept);
 #pragma unroll 1
-    for (int i = begin; i < begin + ahead.kPart; i += 2) {
+    for (int i = 0; i < kMost; i += 2) {
       Words r[2];
 #pragma unroll
       for (int u = 0; u < 2; ++u, sample += 64u) r[u] = philox(side.key, uint32_t(group), sample, side.step, side.c3);
 #pragma unroll
       for (int u = 0; u < 2; ++u, mask *= 2u) {
-        const float scale = __shfl_sync(0xffffffffu, my_scale, part * kHalf + i + u);
-        const uint4 value = ahead[i + u];
+        const float scale = __shfl_sync(0xffffffffu, my_scale, part * half + begin + i + u);
+        const uint4 value = Reader<kind>::decode(kept[i + u]);
         const uint32_t element[4] = {value.x, value.y, value.z, value.w};
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -294,12 +240,11 @@ __device__ __forceinline__ void make_single_slots(const Operand& v, int elements
         }
       }
     }
-    ahead.used(begin);
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    const uint32_t all_bits = or_parts(bits[k] << (part * kHalf)),
-                   all_neg = or_parts((__brev(neg[k]) >> (32 - kHalf)) << (part * kHalf)) ^ side.flip;
+    const uint32_t all_bits = or_parts(bits[k] << (part * half)),
+                   all_neg = or_parts((__brev(neg[k]) >> (32 - half)) << (part * half)) ^ side.flip;
     const int e = 4 * group + k;
     if (part == k % kParts && e < elements) {
       to_bits_[e] = all_bits;
