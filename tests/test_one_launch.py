@@ -5,13 +5,17 @@ On a CPU the operators are formulas, and a layer never asks for them; here it is
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lrtt import LRTT, LRTTConfig, devices
 from lightning_lrtt.nn import LRTTLinear, linear
+from lightning_lrtt.ops import product_kernels
 
 WIDE = devices.Ideal(w_max=10.0, w_min=-10.0)
 CONFIGS = {
@@ -22,17 +26,26 @@ CONFIGS = {
 SHAPES = [(5, 6), (2, 3, 6), (6,)]
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every layer is small; the passes that took the operators."""
-    found: list[str] = []
+@pytest.fixture(autouse=True)
+def _every_layer_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "is_small", lambda x, c, r: True)
 
-    def is_small(rows: Tensor, c: Tensor, r: int) -> bool:
-        found.append("asked")
-        return True
 
-    monkeypatch.setattr(linear, "is_small", is_small)
-    return found
+class Operators(TorchDispatchMode):
+    """The calls of our operators, by name, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "lrtt":
+            self.calls.append((func._schema.name.removeprefix("lrtt::"), args))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
 
 
 def layer(config: LRTTConfig, bias: bool = True) -> LRTTLinear:
@@ -53,7 +66,7 @@ def dense(own: LRTTLinear, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_outputs_and_gradients(calls, name, shape, bias):
+def test_outputs_and_gradients(name, shape, bias):
     """Those of the formula; tolerance: sums of at most 30 float32 products of numbers of size 1.
 
     What the latch keeps of the gradients is a copy, equal to ``p.grad`` to the bit.
@@ -61,22 +74,23 @@ def test_outputs_and_gradients(calls, name, shape, bias):
     own, generator = layer(CONFIGS[name], bias), torch.Generator().manual_seed(2)
     x = torch.randn(shape, generator=generator).requires_grad_()
     grad = torch.randn((*shape[:-1], 4), generator=generator)
-    y = own(x)
-    y.backward(grad)
+    with Operators() as operators:
+        y = own(x)
+        y.backward(grad)
+    assert operators.names == ["small_forward", "small_backward"]
     other = x.detach().clone().requires_grad_()
     expected, leaves = dense(own, other)
     expected.backward(grad)
     found = [y, x.grad, own.A.grad, own.B.grad, *([own.bias.grad] if bias else [])]
     for ours, theirs in zip(found, [expected, other.grad, *(leaf.grad for leaf in leaves)], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert calls
     assert own.latch.samples == x[..., 0].numel()
     if name == "pulsed":
         assert own.latch.grad_a is not own.A.grad
         assert torch.equal(own.latch.grad_a, own.A.grad) and torch.equal(own.latch.grad_b, own.B.grad)
 
 
-def test_gradients_of_several_passes_add_up(calls):
+def test_gradients_of_several_passes_add_up():
     """As p.grad does, to the bit, and clipping p.grad leaves what backward made."""
     own = layer(CONFIGS["pulsed"])
     optimizer = LRTT(own.parameters(), lr=0.1)
@@ -90,14 +104,102 @@ def test_gradients_of_several_passes_add_up(calls):
     assert not own.latch.calls
 
 
-def test_a_first_layer_asks_for_no_gradient_of_its_input(calls):
-    own, x = layer(CONFIGS["digital"]), torch.randn(5, 6)
-    own(x).sum().backward()
-    assert x.grad is None and own.A.grad is not None
+@pytest.mark.parametrize("wanted", [False, True])
+def test_a_first_layer_asks_for_no_gradient_of_its_input(wanted):
+    own, x = layer(CONFIGS["digital"]), torch.randn(5, 6, requires_grad=wanted)
+    with Operators() as operators:
+        own(x).sum().backward()
+    ((name, args),) = operators.calls[1:]
+    assert name == "small_backward" and args[-1] is wanted
+    assert (x.grad is not None) == wanted
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_outputs_may_be_changed_in_place(name, shape):
+    """As those of torch's layers: ReLU(inplace=True), residuals."""
+    own, x = layer(CONFIGS[name]), torch.randn(shape, generator=torch.Generator().manual_seed(5))
+    y = own(x)
+    y += 1.0
+    nn.functional.relu(y, inplace=True).sum().backward()
+    expected, leaves = dense(own, x)
+    nn.functional.relu(expected + 1.0).sum().backward()
+    torch.testing.assert_close(own.A.grad, leaves[0].grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_evaluation_reads_the_same_bits(name, context):
+    own, x = layer(CONFIGS[name]), torch.randn(5, 6, generator=torch.Generator().manual_seed(6))
+    with context(), Operators() as operators:
+        y = own(x)
+    assert operators.names == ["small_forward"] and not y.requires_grad
+    assert torch.equal(y, own(x).detach())
+
+
+def test_frozen_factors_read_by_ordinary_autograd():
+    own = layer(CONFIGS["pulsed"])
+    own.A.requires_grad_(False), own.B.requires_grad_(False)
+    x = torch.randn(5, 6, requires_grad=True)
+    with Operators() as operators:
+        own(x).sum().backward()
+    assert operators.names == [] and not own.latch.calls
+    torch.testing.assert_close(x.grad, own.effective_weight().sum(0).expand(5, 6), rtol=1e-5, atol=1e-5)
+
+
+def test_any_bias():
+    """One of another dtype, or that lies apart in memory."""
+    own, x = layer(CONFIGS["digital"]), torch.randn(5, 6, generator=torch.Generator().manual_seed(7))
+    for bias in (torch.arange(8.0)[::2], torch.arange(4.0).half()):
+        own.bias = nn.Parameter(bias)
+        y = own(x)
+        y.sum().backward()
+        torch.testing.assert_close(y, x @ own.effective_weight().t() + bias.float(), rtol=1e-5, atol=1e-5)
+        assert own.bias.grad.dtype == bias.dtype and bool((own.bias.grad == 5.0).all())
+
+
+def test_shapes_that_disagree_are_refused_by_name():
+    """On every device: kernels would read and write beyond their operands."""
+    own, operators = layer(CONFIGS["digital"]), torch.ops.lrtt
+    x, z, grad = torch.randn(5, 6), torch.randn(5, 2), torch.randn(5, 4)
+    layers = (own.matrix, *own.factors())
+    with pytest.raises(RuntimeError, match=r"small_forward: shapes must agree, got .*'x': \[5, 5\]"):
+        operators.small_forward(x[:, :5], *layers, None, 1.0)
+    with pytest.raises(RuntimeError, match=r"small_forward: shapes must agree, got .*'bias': \[3\]"):
+        operators.small_forward(x, *layers, torch.zeros(3), 1.0)
+    with pytest.raises(RuntimeError, match=r"small_backward: shapes must agree, got .*'grad': \[4, 4\]"):
+        operators.small_backward(grad[:4], x, z, *layers, 1.0, True)
+    with pytest.raises(RuntimeError, match=r"project_: shapes must agree, got .*'x': \[5, 5\]"):
+        operators.project_(z, x[:, :5], own.B.detach(), None)
+
+
+def test_what_is_small():
+    """Never what is not on a GPU in float32; the rest is tested there."""
+    assert not product_kernels.is_small(torch.zeros(5, 6), torch.zeros(4, 6), 2)
 
 
 @pytest.mark.parametrize("name", ["digital", "samples"])
-def test_second_derivatives_of_digital_tiles(calls, name):
+@pytest.mark.parametrize("small", [True, False])
+def test_hooks_run_once_where_a_gradient_is_differentiated_again(monkeypatch, name, small):
+    """Hooks of A, B and the input, and a gradient that an inner tensor retains."""
+    monkeypatch.setattr(linear, "is_small", lambda x, c, r: small)
+    own, seen = layer(CONFIGS[name]), []
+    base = torch.randn(5, 6, generator=torch.Generator().manual_seed(8)).requires_grad_()
+    x = base * 1.0
+    x.retain_grad()
+    for tensor in (own.A, own.B, x):
+        tensor.register_hook(lambda g: seen.append(1) or 2 * g)
+    own(x).square().sum().backward(create_graph=True)
+    assert len(seen) == 3
+    other = base.detach().clone().requires_grad_()
+    expected, leaves = dense(own, other)
+    expected.square().sum().backward()
+    for ours, theirs in ((own.A.grad, leaves[0]), (own.B.grad, leaves[1]), (x.grad, other), (base.grad, other)):
+        torch.testing.assert_close(ours, 2 * theirs.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["digital", "samples"])
+def test_second_derivatives_of_digital_tiles(name):
     """A gradient penalty trains A and B and reaches the input, as through the formula; samples are counted once a pass."""
     own = layer(CONFIGS[name])
     grads = []
@@ -109,19 +211,18 @@ def test_second_derivatives_of_digital_tiles(calls, name):
         (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         slope.square().mean().backward()
         grads.append([x.grad, *(leaf.grad for leaf in leaves)])
-    assert calls
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_second_derivatives_of_pulsed_tiles_are_refused(calls):
+def test_second_derivatives_of_pulsed_tiles_are_refused():
     own, x = layer(CONFIGS["pulsed"]), torch.randn(5, 6).requires_grad_()
     (slope,) = torch.autograd.grad(own(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.square().sum().backward()
 
 
-def test_function_transforms_read_digital_tiles_by_their_operations(calls):
+def test_function_transforms_read_digital_tiles_by_their_operations():
     """torch.func, forward-mode differentiation and compilers see through `digital_read`, not through an autograd function."""
     own, x = layer(CONFIGS["digital"]), torch.randn(5, 6, generator=torch.Generator().manual_seed(4))
     weight = own.effective_weight()

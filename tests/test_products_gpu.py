@@ -8,6 +8,7 @@ from gpu_helpers import NEEDS_GPU, state_and_counts
 
 from lightning_lrtt import LRTTConfig, devices
 from lightning_lrtt.nn import LRTTLinear
+from lightning_lrtt.ops.product_kernels import is_small
 
 pytestmark = NEEDS_GPU
 
@@ -102,7 +103,15 @@ def _within(found, exact, magnitudes, terms):
     return bool(((found.double().cpu() - exact).abs() <= (terms + 1) * 2.0**-24 * magnitudes).all())
 
 
-SMALL = [(64, 512, 512, 8), (33, 31, 130, 16), (1, 5, 3, 1), (256, 256, 72, 11), (130, 1024, 4, 12), (64, 8, 1024, 16)]
+SMALL = [
+    (64, 512, 512, 8),
+    (33, 31, 130, 16),
+    (1, 5, 3, 1),
+    (256, 1024, 128, 16),  # all the shared memory there is
+    (130, 1020, 4, 12),
+    (64, 8, 1024, 16),
+    (70, 256, 72, 11),
+]
 
 
 @pytest.mark.parametrize(("n", "d", "k", "r"), SMALL)
@@ -116,6 +125,7 @@ def test_small_float32_layers(n, d, k, r):
     grad, x, c, a, b, bias = (torch.randn(shape, generator=generator) for shape in shapes)
     on_gpu = [t.cuda() for t in (grad, x, c, a, b, bias)]
     grad, x, (g_own, x_own) = grad[:, :d], x[:, :k], (on_gpu[0][:, :d], on_gpu[1][:, :k])
+    assert is_small(x_own, on_gpu[2], r) and is_small(g_own, on_gpu[2].t(), r)
     y, z, x_top = torch.ops.lrtt.small_forward(x_own, *on_gpu[2:], 0.7)
     layer, doubles = on_gpu[2:5], [t.double() for t in (grad, x, c, a, b, bias)]
     dz, *found, d_top = torch.ops.lrtt.small_backward(g_own, x_own, z, *layer, 0.7, True)
@@ -157,9 +167,20 @@ def test_small_layer_on_a_gpu_is_the_one_on_a_cpu(shape, fast, transposed):
         if transposed:
             x, grad = (t.transpose(0, -1).contiguous().transpose(0, -1) for t in (x, grad))
         x.requires_grad_()
+        assert own.takes_one_launch(x) == (device == "cuda" and shape[0] < 300)
         y = own(x)
         y.backward(grad)
         latched = [t for call in own.latch.calls for t in (call.x, call.xb, call.d, call.da)]
         found.append([y, x.grad, own.A.grad, own.B.grad, own.bias.grad, *latched])
     for cpu, gpu in zip(*found, strict=True):
         torch.testing.assert_close(gpu.cpu(), cpu, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("fast", [None, devices.SoftBounds(dw_min=0.01)], ids=["digital", "pulsed"])
+@pytest.mark.parametrize("width", [95, 97])
+def test_an_input_of_the_wrong_width_is_refused(width, fast):
+    """Not read or written beyond its end; with and without autocast."""
+    layer = LRTTLinear(96, 64, config=LRTTConfig(rank=8, reinit_gain=1.0, fast_device=fast), device="cuda")
+    for half in (False, True):
+        with torch.autocast("cuda", torch.bfloat16, enabled=half), pytest.raises(RuntimeError, match="shape"):
+            layer(torch.zeros(5, width, device="cuda"))

@@ -59,8 +59,8 @@ struct ProjectJob {
 
 void project(const ProjectJob& job, Stream stream);
 
-// A small float32 layer: c[d, k], a[d, r], b[r, k], contiguous; d and k at most kSmallWidth, r at most 16.
-constexpr int kSmallWidth = 1024, kSmallSamples = 256;
+// A small float32 layer: c[d, k], a[d, r], b[r, k], contiguous; d and k at most 1024, r at most 16: so many floats of
+// shared memory there are.
 struct SmallLayer {
   const float *c, *a, *b;
   int d, k, r;
@@ -81,7 +81,7 @@ void forward(const SmallForwardJob& job, Stream stream);
 
 // Of an output gradient grad[n, d]: dz[n, r] = grad a, top[n] of |grad|, grad_a[d, r] = alpha grad^T z,
 // grad_b[r, k] = alpha dz^T x, both twice, grad_bias[d] = sum of grad, and grad_x[n, k] = grad (c + alpha a b) unless
-// it is null. n is at most kSmallSamples.
+// it is null. n is at most 256.
 struct SmallBackwardJob {
   SmallLayer layer;
   const float *grad, *x, *z;

@@ -128,7 +128,7 @@ class TileGraphs:
                 tile.A.data_ptr(),
                 tile.B.data_ptr(),
                 tile.tile_state.data_ptr(),
-                tile.latch.samples,
+                tile.latch.samples if tile.config.transfer_unit == "samples" else 0,  # else nobody reads it
                 len(tile.latch.calls),
             )
             for tile in tiles

@@ -30,25 +30,34 @@ def is_latched(tile: TileModule, x: Tensor) -> bool:
     """Whether `latched_read` is what reads the tile, not `digital_read`.
 
     It must, where backward leaves something for the update. On digital tiles too it is the faster one where autocast copies
-    C, and for small layers on a GPU, unless something looks at the read's own operations: a compiler, which fuses them,
-    a function transform or forward-mode differentiation.
+    C, and for small layers on a GPU, with and without gradients; unless a compiler, which fuses the read's operations, a
+    tracer, a function transform or forward-mode differentiation looks at them.
     """
     config, kind = tile.config, x.device.type
-    if not (torch.is_grad_enabled() and tile.A.requires_grad and config.io is None):
+    if config.io is not None or (torch.is_grad_enabled() and not tile.A.requires_grad):
         return False
-    if config.is_pulsed or config.transfer_unit == "samples":
+    learns = torch.is_grad_enabled()
+    if learns and (config.is_pulsed or config.transfer_unit == "samples"):
         return True
+    if _is_watched():
+        return False
     copies = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != tile.weight.dtype
-    watched = (
-        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
-    return (copies or tile.takes_one_launch(x)) and not watched
+    return (copies and learns) or (not copies and tile.takes_one_launch(x))
+
+
+def _is_watched() -> bool:
+    """Whether something looks at the operations of a read themselves."""
+    transforms = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or transforms
 
 
 # A compiled graph would drop the latch, and with it every update.
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves its options unannotated
 def latched_read(tile: TileModule, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The tile's output; backward also counts the samples and, on a pulsed tile, latches x, X_B, D and D_A."""
+    """The tile's output; backward also counts the samples and, on a pulsed tile, latches x, X_B, D and D_A.
+
+    Digital tiles outside of autocast can be differentiated twice.
+    """
     y: Tensor = _LatchedRead.apply(x, tile.weight, tile.A, tile.B, bias, tile)  # type: ignore[no-untyped-call]  # torch's
     return y
 
@@ -76,7 +85,7 @@ class _LatchedRead(torch.autograd.Function):
             found = tile.products(x, c, a, b, bias, tile.config.alpha, dtype)
         ctx.merged, ctx.x_top = found.merged, found.x_top
         ctx.again = dtype == x.dtype and not tile.config.is_pulsed
-        ctx.save_for_backward(*found.kept, *((x, c, a, b) if ctx.again else ()))
+        ctx.save_for_backward(*found.kept, *((x, c, a, b) if ctx.again and found.merged else ()))
         return found.y
 
     @staticmethod
@@ -113,8 +122,10 @@ def _backward_once(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _backward_by_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The same for a digital tile's gradient that will be differentiated once more: through the formula itself."""
-    x, c, a, b = ctx.saved_tensors[5:]
-    _latch(ctx, ctx.saved_tensors[1].numel() // a.shape[1])
+    kept = Factors(*ctx.saved_tensors[:5])
+    x, c, a, b = ctx.saved_tensors[5:] if ctx.merged else (kept.x, kept.w, kept.a, kept.b)
+    x, a, b = (t.view_as(t) for t in (x, a, b))  # hooks of the tensors themselves are for the pass outside
+    _latch(ctx, kept.z.numel() // a.shape[1])
     with torch.autocast(x.device.type, enabled=False):
         y = _formula(ctx.tile, x, c, a, b)
         leaves = [t for t, needed in zip((x, a, b), itemgetter(0, 2, 3)(ctx.needs_input_grad), strict=True) if needed]

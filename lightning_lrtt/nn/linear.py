@@ -118,27 +118,25 @@ class LRTTLinear(TileModule):
         return x if narrow is None else narrow.view(x.shape), z, top
 
     def takes_one_launch(self, x: Tensor) -> bool:
-        return is_small(self.samples(x), self.matrix, self.config.rank)
+        return is_small(x, self.matrix, self.config.rank)
 
     def products(
         self, x: Tensor, c: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, dtype: torch.dtype
     ) -> Products:
-        rows = self.samples(x)
-        if dtype != x.dtype or not is_small(rows, c, b.shape[0]):
+        if dtype != x.dtype or not is_small(x, c, b.shape[0]):
             return super().products(x, c, a, b, bias, alpha, dtype)
-        y, z, top = torch.ops.lrtt.small_forward(rows, c, a, b, bias, alpha)
-        return Products(self.unsamples(y, x), Factors(x, self.unsamples(z, x), c, a, b), False, top)
+        own_bias = None if bias is None else bias.to(dtype).contiguous()
+        y, z, top = torch.ops.lrtt.small_forward(x, c, a, b, own_bias, alpha)
+        return Products(y, Factors(x, z, c, a, b), False, top)
 
     def gradients(
         self, grad: Tensor, kept: Factors, merged: bool, alpha: float, bias: torch.dtype | None, x: torch.dtype | None
     ) -> Gradients:
-        rows, z = self.samples(grad), self.samples(kept.z)
-        if merged or not is_small(rows, kept.w, z.shape[1]):
+        if merged or not is_small(grad, kept.w.t(), kept.a.shape[1]):
             return super().gradients(grad, kept, merged, alpha, bias, x)
-        own = (rows, self.samples(kept.x), z, kept.w, kept.a, kept.b)
-        dz, by_a, by_b, *copies, by_bias, by_x, top = torch.ops.lrtt.small_backward(*own, alpha, x is not None)
-        own_x, own_bias = None if x is None else by_x.view(kept.x.shape), None if bias is None else by_bias
-        return Gradients(dz.view(kept.z.shape), by_a, by_b, own_bias, own_x, top, (copies[0], copies[1]))
+        dz, by_a, by_b, *copies, by_bias, by_x, top = torch.ops.lrtt.small_backward(grad, *kept, alpha, x is not None)
+        own_x, own_bias = None if x is None else by_x, None if bias is None else by_bias
+        return Gradients(dz, by_a, by_b, own_bias, own_x, top, (copies[0], copies[1]))
 
     def input_gradient(self, grad: Tensor, x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
         if grad.is_cuda and grad.dtype in HALVES and dtype == torch.float32:  # as it is added up

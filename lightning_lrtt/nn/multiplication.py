@@ -16,7 +16,7 @@ class Factors(NamedTuple):
 
     x: Tensor
     z: Tensor  # X_B
-    w: Tensor  # the matrix that x was multiplied by: C, or C + alpha A B
+    w: Tensor  # C, or C + alpha A B (`Products.merged`)
     a: Tensor
     b: Tensor
 
@@ -26,7 +26,7 @@ class Products(NamedTuple):
 
     y: Tensor
     kept: Factors
-    merged: bool  # whether kept.w contains the factors
+    merged: bool  # whether kept.w contains the factors, and kept.a and kept.b are copies
     x_top: Tensor | None  # as `Operands.x_top`
 
 

@@ -33,6 +33,7 @@ def projects(x: Tensor, r: int, dtype: torch.dtype) -> bool:
 
 def project_(z: Tensor, x: Tensor, w: Tensor, narrow: Tensor | None) -> Tensor:
     _same_device("project_", z, x=x, w=w)
+    schema.check_project(z, x, w)
     (n, k), r, dtype = x.shape, w.shape[0], w.dtype
     served = projects(x, r, dtype) and z.dtype == dtype and w.is_contiguous() and z.stride(1) == x.stride(1) == 1
     rows = [x, w] if narrow is None else [x, w, narrow]
@@ -48,14 +49,23 @@ def project_(z: Tensor, x: Tensor, w: Tensor, narrow: Tensor | None) -> Tensor:
     return top
 
 
-def is_small(x: Tensor, c: Tensor, r: int) -> bool:
-    """Whether a forward or backward pass of a layer with C ``[d, k]`` and rank r is one launch, for x of n rows.
+_WIDEST, _MOST_ROWS, _HIGHEST_RANK, _MOST_WORK = 2**10, 2**8, 16, 2**29  # the first three: kernels.h
 
-    Where it is, its sums take less time than several launches.
+
+def is_small(x: Tensor, c: Tensor, r: int) -> bool:
+    """Whether a pass of x ``[..., k]``, or of an output gradient ``[..., d]``, through a layer is one launch.
+
+    Where it is, the pass takes less time than the several launches that it replaces (docs/performance.md).
+
+    Args:
+        x: The activation.
+        c: C ``[d, k]`` or, for an output gradient, C^T.
+        r: Rank.
     """
-    n, cells = x.shape[0], c.numel()
-    floats = x.is_cuda and x.dtype == c.dtype == torch.float32
-    return floats and 0 < n <= 256 and 0 < cells * n <= 2**25 and max(c.shape) <= 2**10 and 0 < r <= 16
+    if not (x.is_cuda and x.dtype == c.dtype == torch.float32 and x.dim() > 0 and x.shape[-1] == c.shape[1]):
+        return False
+    n, widest = x.numel() // x.shape[-1], max(c.shape)
+    return 0 < n <= _MOST_ROWS and widest <= _WIDEST and r <= _HIGHEST_RANK and n * c.numel() * max(r, 8) <= _MOST_WORK
 
 
 def _layer(op: str, c: Tensor, a: Tensor, b: Tensor, alpha: float) -> tuple[float, ...]:
@@ -64,23 +74,25 @@ def _layer(op: str, c: Tensor, a: Tensor, b: Tensor, alpha: float) -> tuple[floa
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 def small_forward(
     x: Tensor, c: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, alpha: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _same_device("small_forward", c, x=x, a=a, b=b, **({} if bias is None else {"bias": bias}))
-    (d, r), n = a.shape, x.shape[0]
+    schema.check_small_forward(x, c, a, b, bias)
+    rows, r = _rows(x), a.shape[1]
     if not is_small(x, c, r):
         z = x @ b.t()
-        y = torch.addmm(x @ c.t(), z, a.t(), alpha=alpha)
-        return y if bias is None else y + bias, z, x.abs().amax(1).float().view(torch.int32)
-    x, y, z = _rows(x), x.new_empty((n, d)), x.new_empty((n, r))
-    top = torch.empty(n, dtype=torch.int32, device=x.device)
+        y = x @ c.t() + alpha * (z @ a.t())
+        return y if bias is None else y + bias, z, rows.abs().amax(1).float().view(torch.int32)
+    y, z = (x.new_empty((*x.shape[:-1], width)) for width in a.shape)
+    top = torch.empty(rows.shape[0], dtype=torch.int32, device=x.device)
     own = 0 if bias is None else _contiguous("small_forward", "bias", bias, torch.float32)
-    pointers = (x.data_ptr(), own, y.data_ptr(), z.data_ptr(), top.data_ptr())
-    _run(c, "small_forward", _layer("small_forward", c, a, b, alpha), *pointers, x.stride(0), n)
+    pointers = (rows.data_ptr(), own, y.data_ptr(), z.data_ptr(), top.data_ptr())
+    _run(c, "small_forward", _layer("small_forward", c, a, b, alpha), *pointers, rows.stride(0), rows.shape[0])
     return y, z, top
 
 
@@ -88,22 +100,21 @@ def small_backward(
     grad: Tensor, x: Tensor, z: Tensor, c: Tensor, a: Tensor, b: Tensor, alpha: float, input_gradient: bool
 ) -> tuple[Tensor, ...]:
     _same_device("small_backward", c, grad=grad, x=x, z=z, a=a, b=b)
-    n, r = z.shape
-    if not is_small(grad, c, r) or x.dtype != torch.float32:
+    schema.check_small_backward(grad, x, z, c, a, b)
+    d_rows, x_rows = _rows(grad), _rows(x)
+    if not (is_small(grad, c.t(), a.shape[1]) and x.dtype == torch.float32):
         dz = grad @ a
-        by_a, by_b = alpha * (grad.t() @ z), alpha * (dz.t() @ x)
-        by_x = torch.addmm(grad @ c, dz, b, alpha=alpha) if input_gradient else grad.new_empty(0)
-        top = grad.abs().amax(1).float().view(torch.int32)
-        return dz, by_a, by_b, by_a.clone(), by_b.clone(), grad.sum(0), by_x, top
-    grad, x = _rows(grad), _rows(x)
-    by_x = torch.empty_like(x, memory_format=torch.contiguous_format) if input_gradient else grad.new_empty(0)
-    found = [grad.new_empty(t.shape) for t in (z, a, b, a, b)]
-    found += [grad.new_empty(c.shape[0]), by_x]
-    top = torch.empty(n, dtype=torch.int32, device=grad.device)
-    own = (grad.data_ptr(), x.data_ptr(), _contiguous("small_backward", "z", z, torch.float32))
-    pointers = (*own, *(t.data_ptr() for t in found))
+        by_a, by_b = alpha * (d_rows.t() @ _rows(z)), alpha * (_rows(dz).t() @ x_rows)
+        by_x = grad @ c + alpha * (dz @ b) if input_gradient else grad.new_empty(0)
+        top = d_rows.abs().amax(1).float().view(torch.int32)
+        return dz, by_a, by_b, by_a.clone(), by_b.clone(), d_rows.sum(0), by_x, top
+    found = [grad.new_empty(shape) for shape in (z.shape, a.shape, b.shape, a.shape, b.shape, a.shape[:1])]
+    found.append(grad.new_empty(x.shape if input_gradient else 0))
+    top = torch.empty(d_rows.shape[0], dtype=torch.int32, device=grad.device)
+    given = (d_rows.data_ptr(), x_rows.data_ptr(), _contiguous("small_backward", "z", z, torch.float32))
+    pointers = (*given, *(t.data_ptr() for t in found))
     layer = _layer("small_backward", c, a, b, alpha)
-    _run(c, "small_backward", layer, pointers, top.data_ptr(), grad.stride(0), x.stride(0), n)
+    _run(c, "small_backward", layer, pointers, top.data_ptr(), d_rows.stride(0), x_rows.stride(0), d_rows.shape[0])
     return *found, top
 
 

@@ -101,12 +101,12 @@ library.define("merge(Tensor c, Tensor a, Tensor b, float alpha, ScalarType dtyp
 # z [n, r] <- x [n, k] w [r, k]^T in w's dtype, and x in it into `narrow`; returns int32 [n], the bits of the largest |x|
 # of that dtype as float32: what `pulsed_update_` takes as x_top or d_top.
 library.define("project_(Tensor(a!) z, Tensor x, Tensor w, Tensor(b!)? narrow) -> Tensor")
-# x [n, k] times c + alpha a b, [d, k] + [d, r] [r, k], plus a bias [d]: y [n, d], z = x b^T [n, r], and the bits of each
-# sample's largest |x| as `project_` returns them.
+# x [..., k] times c + alpha a b, [d, k] + [d, r] [r, k], plus a bias [d]: y [..., d], z = x b^T [..., r], and the bits of
+# each sample's largest |x| as `project_` returns them.
 library.define(
     "small_forward(Tensor x, Tensor c, Tensor a, Tensor b, Tensor? bias, float alpha) -> (Tensor, Tensor, Tensor)"
 )
-# Of an output gradient [n, d] and what went through `small_forward`: dz = grad a, the gradients of a and b (factor alpha
+# Of an output gradient [..., d] and what went through `small_forward`: dz = grad a, the gradients of a and b (factor alpha
 # included), copies of both, the gradient of a bias, that of x (or [0]: not wanted), and the bits of each sample's largest
 # |grad|.
 library.define(
@@ -251,43 +251,59 @@ def _(c, a, b, alpha, dtype):  # type: ignore[no-untyped-def]
     return tuple(c.new_empty(shape, dtype=dtype) for shape in (c.shape, (a.shape[1], a.shape[0]), b.shape))
 
 
+def _agree(op: str, agree: bool, **tensors: Tensor | None) -> None:
+    torch._check(
+        agree,
+        lambda: (
+            f"{op}: shapes must agree, got { ({name: list(t.shape) for name, t in tensors.items() if t is not None}) }"
+        ),
+    )
+
+
+def check_project(z: Tensor, x: Tensor, w: Tensor) -> None:
+    """Of `project_`: z ``[n, r]``, x ``[n, k]``, w ``[r, k]``.
+
+    Raises:
+        RuntimeError: Shapes that disagree; so the checks below.
+    """
+    fits = x.dim() == w.dim() == 2 and x.shape[1] == w.shape[1] and tuple(z.shape) == (x.shape[0], w.shape[0])
+    _agree("project_", fits, z=z, x=x, w=w)
+
+
+def check_small_forward(x: Tensor, c: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    """Of `small_forward`: x ``[..., k]``, c ``[d, k]``, a ``[d, r]``, b ``[r, k]``, bias ``[d]``."""
+    fits = x.dim() > 0 and c.dim() == a.dim() == b.dim() == 2 and x.shape[-1] == c.shape[1]
+    fits = fits and a.shape[0] == c.shape[0] and tuple(b.shape) == (a.shape[1], c.shape[1])
+    fits = fits and (bias is None or tuple(bias.shape) == (c.shape[0],))
+    _agree("small_forward", fits, x=x, c=c, a=a, b=b, bias=bias)
+
+
+def check_small_backward(grad: Tensor, x: Tensor, z: Tensor, c: Tensor, a: Tensor, b: Tensor) -> None:
+    """Of `small_backward`: grad ``[..., d]``, x ``[..., k]``, z ``[..., r]`` and the layer as in `check_small_forward`."""
+    check_small_forward(x, c, a, b, None)
+    rest = x.shape[:-1]
+    fits = tuple(grad.shape) == (*rest, a.shape[0]) and tuple(z.shape) == (*rest, a.shape[1])
+    _agree("small_backward", fits, grad=grad, x=x, z=z, a=a)
+
+
 @torch.library.register_fake("lrtt::project_", lib=library)
 def _(z, x, w, narrow):  # type: ignore[no-untyped-def]
-    torch._check(
-        x.dim() == w.dim() == 2 and x.shape[1] == w.shape[1] and tuple(z.shape) == (x.shape[0], w.shape[0]),
-        lambda: f"project_: z [n, r], x [n, k], w [r, k] must agree, got {[list(t.shape) for t in (z, x, w)]}",
-    )
+    check_project(z, x, w)
     return x.new_empty(x.shape[0], dtype=torch.int32)
 
 
 @torch.library.register_fake("lrtt::small_forward", lib=library)
 def _(x, c, a, b, bias, alpha):  # type: ignore[no-untyped-def]
-    (d, k), r = c.shape, a.shape[1]
-    torch._check(
-        x.dim() == 2 and x.shape[1] == k and a.shape[0] == d and tuple(b.shape) == (r, k),
-        lambda: (
-            f"small_forward: x [n, k], c [d, k], a [d, r], b [r, k] must agree, got {[list(t.shape) for t in (x, c, a, b)]}"
-        ),
-    )
-    n = x.shape[0]
-    return x.new_empty((n, d)), x.new_empty((n, r)), x.new_empty(n, dtype=torch.int32)
+    check_small_forward(x, c, a, b, bias)
+    y, z = (x.new_empty((*x.shape[:-1], width)) for width in a.shape)
+    return y, z, x.new_empty(z.numel() // a.shape[1], dtype=torch.int32)
 
 
 @torch.library.register_fake("lrtt::small_backward", lib=library)
 def _(grad, x, z, c, a, b, alpha, input_gradient):  # type: ignore[no-untyped-def]
-    (n, d), k, r = grad.shape, x.shape[1], z.shape[1]
-    torch._check(
-        tuple(c.shape) == (d, k)
-        and tuple(a.shape) == (d, r)
-        and tuple(b.shape) == (r, k)
-        and x.shape[0] == z.shape[0] == n,
-        lambda: (
-            f"small_backward: grad [n, d], x [n, k], z [n, r], c [d, k], a [d, r], b [r, k] must agree, got "
-            f"{[list(t.shape) for t in (grad, x, z, c, a, b)]}"
-        ),
-    )
-    shapes = ((n, r), (d, r), (r, k), (d, r), (r, k), (d,), (n, k) if input_gradient else (0,))
-    return *(grad.new_empty(shape) for shape in shapes), grad.new_empty(n, dtype=torch.int32)
+    check_small_backward(grad, x, z, c, a, b)
+    shapes = (z.shape, a.shape, b.shape, a.shape, b.shape, a.shape[:1], x.shape if input_gradient else (0,))
+    return *(grad.new_empty(shape) for shape in shapes), grad.new_empty(z.numel() // a.shape[1], dtype=torch.int32)
 
 
 @torch.library.register_fake("lrtt::dequantize_", lib=library)
