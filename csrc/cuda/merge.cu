@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kRows = 64;  // of a thread block, at most
-constexpr int kAhead = 6;  // rows whose loads are under way
+constexpr int kAhead = 4;  // rows whose loads are under way while as many are computed
 
 // `columns` neighbouring floats, in one access.
 template <int columns>
@@ -83,11 +83,12 @@ __global__ void __launch_bounds__(kThreads, 2) merge_rows(const MergeJob job, in
   const float* from = job.c + first * job.k + column;
   char* to = static_cast<char*>(job.out) + first * job.k * (type == kFloat32 ? 4 : 2);
   float next[kAhead][columns];
-  const auto load = [&](int row, float (&into)[columns]) {
-    if (inside && row < rows) load_columns<columns>(from + int64_t(row) * job.k, into);
-  };
+  const auto load = [&](int row0) {
 #pragma unroll
-  for (int u = 0; u < kAhead; ++u) load(u, next[u]);
+    for (int u = 0; u < kAhead; ++u)
+      if (inside && row0 + u < rows) load_columns<columns>(from + int64_t(row0 + u) * job.k, next[u]);
+  };
+  load(0);
   float b[rank][columns] = {};
 #pragma unroll
   for (int q = 0; q < rank; ++q)
@@ -100,19 +101,20 @@ __global__ void __launch_bounds__(kThreads, 2) merge_rows(const MergeJob job, in
   if (!inside) return;
 #pragma unroll 1
   for (int row0 = 0; row0 < rows; row0 += kAhead) {
+    float sum[kAhead][columns];
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u)
+#pragma unroll
+      for (int c = 0; c < columns; ++c) sum[u][c] = next[u][c];
+    load(row0 + kAhead);
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      const int row = row0 + u;
-      if (row >= rows) break;
-      float sum[columns];
-#pragma unroll
-      for (int c = 0; c < columns; ++c) sum[c] = next[u][c];
-      load(row + kAhead, next[u]);
+      if (row0 + u >= rows) break;
 #pragma unroll
       for (int q = 0; q < rank; ++q)
 #pragma unroll
-        for (int c = 0; c < columns; ++c) sum[c] = fma_(a[row][q], b[q][c], sum[c]);
-      store_columns<type, columns>(to + int64_t(row) * job.k * (type == kFloat32 ? 4 : 2), column, sum);
+        for (int c = 0; c < columns; ++c) sum[u][c] = fma_(a[row0 + u][q], b[q][c], sum[u][c]);
+      store_columns<type, columns>(to + int64_t(row0 + u) * job.k * (type == kFloat32 ? 4 : 2), column, sum[u]);
     }
   }
 }
