@@ -33,10 +33,9 @@ def is_latched(tile: TileModule, x: Tensor) -> bool:
     C, and for small layers on a GPU, with and without gradients; unless a compiler, which fuses the read's operations, a
     tracer, a function transform or forward-mode differentiation looks at them.
     """
-    config, kind = tile.config, x.device.type
-    if config.io is not None or (torch.is_grad_enabled() and not tile.A.requires_grad):
+    config, kind, learns = tile.config, x.device.type, torch.is_grad_enabled()
+    if config.io is not None or (learns and not tile.A.requires_grad):
         return False
-    learns = torch.is_grad_enabled()
     if learns and (config.is_pulsed or config.transfer_unit == "samples"):
         return True
     if _is_watched():
