@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -173,9 +174,41 @@ def test_shapes_that_disagree_are_refused_by_name():
         operators.project_(z, x[:, :5], own.B.detach(), None)
 
 
-def test_what_is_small():
-    """Never what is not on a GPU in float32; the rest is tested there."""
-    assert not product_kernels.is_small(torch.zeros(5, 6), torch.zeros(4, 6), 2)
+@pytest.mark.parametrize(
+    ("device", "n", "d", "k", "r", "small"),
+    [
+        ("cuda", (256,), 512, 512, 8, True),
+        ("cuda", (8, 32), 512, 512, 8, True),
+        ("cuda", (), 1024, 1024, 16, True),
+        ("cpu", (64,), 8, 8, 2, False),
+        ("cuda", (257,), 8, 8, 2, False),
+        ("cuda", (0,), 8, 8, 2, False),
+        ("cuda", (1,), 1025, 8, 2, False),
+        ("cuda", (1,), 8, 1025, 2, False),
+        ("cuda", (1,), 32, 32, 17, False),
+        ("cuda", (256,), 512, 512, 9, False),
+    ],
+)
+def test_what_is_small(device, n, d, k, r, small):
+    """Inputs and output gradients alike, on a GPU in float32, within the limits of docs/performance.md."""
+    with FakeTensorMode():
+        c = torch.empty(d, k, device=device)
+        for width in (d, k):
+            x = torch.empty(*n, width, device=device)
+            assert product_kernels.is_small(x, c, r) == small
+            assert not product_kernels.is_small(x.bfloat16(), c, r)
+        assert not product_kernels.is_small(torch.empty((), device=device), c, r)
+        assert not product_kernels.is_small(torch.empty(5, 0, device=device), c, r)
+
+
+def test_second_derivatives_under_autocast_are_refused(monkeypatch):
+    """Also of an input that comes in the autocast dtype, as those of all layers but the first do; none of them is small."""
+    monkeypatch.setattr(linear, "is_small", lambda x, c, r: False)
+    own, x = layer(CONFIGS["digital"]), torch.randn(5, 6).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        (slope,) = torch.autograd.grad(own(x).float().square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            slope.square().sum().backward()
 
 
 @pytest.mark.parametrize("name", ["digital", "samples"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from lightning_lrtt.nn.latch import Operands
-from lightning_lrtt.nn.multiplication import Factors
+from lightning_lrtt.nn.multiplication import Kept
 
 if TYPE_CHECKING:
     from lightning_lrtt.nn.tile import TileModule
@@ -83,7 +84,7 @@ class _LatchedRead(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             found = tile.products(x, c, a, b, bias, tile.config.alpha, dtype)
         ctx.merged, ctx.x_top = found.merged, found.x_top
-        ctx.again = dtype == x.dtype and not tile.config.is_pulsed
+        ctx.again = x.dtype == dtype == c.dtype and not tile.config.is_pulsed  # nothing was narrowed
         ctx.save_for_backward(*found.kept, *((x, c, a, b) if ctx.again and found.merged else ()))
         return found.y
 
@@ -107,7 +108,7 @@ def _latch(ctx: Any, samples: int) -> bool:
 @torch.autograd.function.once_differentiable
 def _backward_once(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tile: TileModule = ctx.tile
-    kept = Factors(*ctx.saved_tensors[:5])
+    kept = Kept(*ctx.saved_tensors[:5])
     grad = grad.to(kept.x.dtype)
     bias_dtype = tile.A.dtype if ctx.needs_input_grad[4] else None
     in_dtype = ctx.in_dtype if ctx.needs_input_grad[0] else None
@@ -121,14 +122,14 @@ def _backward_once(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _backward_by_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The same for a digital tile's gradient that will be differentiated once more: through the formula itself."""
-    kept = Factors(*ctx.saved_tensors[:5])
+    kept = Kept(*ctx.saved_tensors[:5])
     x, c, a, b = ctx.saved_tensors[5:] if ctx.merged else (kept.x, kept.w, kept.a, kept.b)
     x, a, b = (t.view_as(t) for t in (x, a, b))  # hooks of the tensors themselves are for the pass outside
     _latch(ctx, kept.z.numel() // a.shape[1])
     with torch.autocast(x.device.type, enabled=False):
         y = _formula(ctx.tile, x, c, a, b)
-        leaves = [t for t, needed in zip((x, a, b), itemgetter(0, 2, 3)(ctx.needs_input_grad), strict=True) if needed]
-        found = iter(torch.autograd.grad(y, leaves, grad, create_graph=True))
-        by_x, by_a, by_b = (next(found) if needed else None for needed in itemgetter(0, 2, 3)(ctx.needs_input_grad))
+        needs = itemgetter(0, 2, 3)(ctx.needs_input_grad)
+        found = iter(torch.autograd.grad(y, list(compress((x, a, b), needs)), grad, create_graph=True))
+        by_x, by_a, by_b = (next(found) if needed else None for needed in needs)
         by_bias = ctx.tile.bias_gradient(grad, ctx.tile.A.dtype) if ctx.needs_input_grad[4] else None
     return by_x, None, by_a, by_b, by_bias, None

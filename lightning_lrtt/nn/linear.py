@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_lrtt.config import LRTTConfig
-from lightning_lrtt.nn.multiplication import Factors, Gradients, Products
+from lightning_lrtt.nn.multiplication import Gradients, Kept, Products
 from lightning_lrtt.nn.tile import TileModule
 from lightning_lrtt.ops.product_kernels import HALVES, is_small, projects
 
@@ -118,7 +118,7 @@ class LRTTLinear(TileModule):
         return x if narrow is None else narrow.view(x.shape), z, top
 
     def takes_one_launch(self, x: Tensor) -> bool:
-        return is_small(x, self.matrix, self.config.rank)
+        return is_small(x, self.weight, self.config.rank)
 
     def products(
         self, x: Tensor, c: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, alpha: float, dtype: torch.dtype
@@ -127,12 +127,12 @@ class LRTTLinear(TileModule):
             return super().products(x, c, a, b, bias, alpha, dtype)
         own_bias = None if bias is None else bias.to(dtype).contiguous()
         y, z, top = torch.ops.lrtt.small_forward(x, c, a, b, own_bias, alpha)
-        return Products(y, Factors(x, z, c, a, b), False, top)
+        return Products(y, Kept(x, z, c, a, b), False, top)
 
     def gradients(
-        self, grad: Tensor, kept: Factors, merged: bool, alpha: float, bias: torch.dtype | None, x: torch.dtype | None
+        self, grad: Tensor, kept: Kept, merged: bool, alpha: float, bias: torch.dtype | None, x: torch.dtype | None
     ) -> Gradients:
-        if merged or not is_small(grad, kept.w.t(), kept.a.shape[1]):
+        if merged or not is_small(grad, kept.w, kept.a.shape[1]):
             return super().gradients(grad, kept, merged, alpha, bias, x)
         dz, by_a, by_b, *copies, by_bias, by_x, top = torch.ops.lrtt.small_backward(grad, *kept, alpha, x is not None)
         own_x, own_bias = None if x is None else by_x, None if bias is None else by_bias

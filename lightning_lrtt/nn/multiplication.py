@@ -11,7 +11,7 @@ from torch import Tensor, nn
 _SMALL = 2**20  # cells
 
 
-class Factors(NamedTuple):
+class Kept(NamedTuple):
     """What a read keeps for its backward pass: operands in the dtype of the products."""
 
     x: Tensor
@@ -25,7 +25,7 @@ class Products(NamedTuple):
     """What a read computes."""
 
     y: Tensor
-    kept: Factors
+    kept: Kept
     merged: bool  # whether kept.w contains the factors, and kept.a and kept.b are copies
     x_top: Tensor | None  # as `Operands.x_top`
 
@@ -96,7 +96,7 @@ class Multiplication(nn.Module):
             self.add_mix(y, z, a, alpha)
             if bias is not None:
                 y = self.add_bias(y)
-        return Products(y, Factors(x, z, w, a, b), merged, x_top)
+        return Products(y, Kept(x, z, w, a, b), merged, x_top)
 
     def factor_product(self, x: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
         """x in ``dtype``, ``project(x, b)`` of it, and `Operands.x_top` where it is at hand."""
@@ -104,7 +104,7 @@ class Multiplication(nn.Module):
         return x, self.project(x, b), None
 
     def gradients(
-        self, grad: Tensor, kept: Factors, merged: bool, alpha: float, bias: torch.dtype | None, x: torch.dtype | None
+        self, grad: Tensor, kept: Kept, merged: bool, alpha: float, bias: torch.dtype | None, x: torch.dtype | None
     ) -> Gradients:
         """What the output gradient ``grad`` says to A and B, and where a dtype is given, to the bias and to the input."""
         dz, by_a, d_top = self.mix_backward(grad, kept.z, kept.a)

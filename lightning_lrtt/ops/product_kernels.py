@@ -53,18 +53,18 @@ _WIDEST, _MOST_ROWS, _HIGHEST_RANK, _MOST_WORK = 2**10, 2**8, 16, 2**29  # the f
 
 
 def is_small(x: Tensor, c: Tensor, r: int) -> bool:
-    """Whether a pass of x ``[..., k]``, or of an output gradient ``[..., d]``, through a layer is one launch.
+    """Whether a pass of x, an input ``[..., k]`` or an output gradient ``[..., d]``, through a layer is one launch.
 
     Where it is, the pass takes less time than the several launches that it replaces (docs/performance.md).
 
     Args:
-        x: The activation.
-        c: C ``[d, k]`` or, for an output gradient, C^T.
+        x: The activation; whether its width is that of C is for the operators to say.
+        c: C ``[d, k]``.
         r: Rank.
     """
-    if not (x.is_cuda and x.dtype == c.dtype == torch.float32 and x.dim() > 0 and x.shape[-1] == c.shape[1]):
+    if not (x.is_cuda and x.dtype == c.dtype == torch.float32 and x.dim() > 0):
         return False
-    n, widest = x.numel() // x.shape[-1], max(c.shape)
+    n, widest = x.numel() // max(x.shape[-1], 1), max(c.shape)
     return 0 < n <= _MOST_ROWS and widest <= _WIDEST and r <= _HIGHEST_RANK and n * c.numel() * max(r, 8) <= _MOST_WORK
 
 
@@ -102,7 +102,7 @@ def small_backward(
     _same_device("small_backward", c, grad=grad, x=x, z=z, a=a, b=b)
     schema.check_small_backward(grad, x, z, c, a, b)
     d_rows, x_rows = _rows(grad), _rows(x)
-    if not (is_small(grad, c.t(), a.shape[1]) and x.dtype == torch.float32):
+    if not (is_small(grad, c, a.shape[1]) and x.dtype == torch.float32):
         dz = grad @ a
         by_a, by_b = alpha * (d_rows.t() @ _rows(z)), alpha * (_rows(dz).t() @ x_rows)
         by_x = grad @ c + alpha * (dz @ b) if input_gradient else grad.new_empty(0)
