@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest import mock
 
 import contenders as c
 import torch
 from measure import Options, Row, Step, captured, in_turn, relate
 from torch import Tensor
 
-from lightning_lrtt.nn import LRTTLinear
+from lightning_lrtt.nn import LRTTLinear, linear
 from lightning_lrtt.ops import COUNTS, A, B
 from lightning_lrtt.strategies.tree import sum_program, tree
 
@@ -121,6 +122,37 @@ def transfer(o: Options) -> Iterator[Row]:
         row.ms, row.worst = times[name].median - copies, times[name].worst - copies
         delta = ((tiles[name].tile_counts - before[name]) / (o.rounds * CALLS)).tolist()
         row.more = {"pulses a cell": delta[COUNTS["pulses_c"]] / size**2, "copies, ms": copies}
+    yield from rows.values()
+
+
+def small_layer(o: Options) -> Iterator[Row]:
+    """A small pulsed layer's forward and backward pass, in one launch each and in several; 16 layers follow each other."""
+    layers, n, d, k, rank = 16, o.samples, o.outputs, o.inputs, o.rank
+    torch.manual_seed(0)
+    grad = torch.randn(n, d, device=o.device)
+    moved = 4 * (2 * d * k + 3 * n * k + 2 * n * d)  # C twice; x twice and its gradient; y and its gradient
+    rows: dict[str, Row] = {}
+    runs: dict[str, list[Step]] = {}
+    for name, small in (("one launch each", True), ("several launches", False)):
+        tiles = [LRTTLinear(k, d, config=c.config(c.SOFT, rank, 32), device=o.device) for _ in range(layers)]
+        inputs = [torch.randn(n, k, device=o.device, requires_grad=True) for _ in tiles]
+        rows[name] = Row(name, bytes=moved, flops=4 * n * d * k)
+        if small and o.device == "cuda" and not linear.is_small(grad, tiles[0].weight, rank):
+            rows[name].missing = "beyond the limits of small layers"
+            continue
+
+        def passes(tiles: list[LRTTLinear] = tiles, inputs: list[Tensor] = inputs, small: bool = small) -> None:
+            with mock.patch.object(linear, "is_small", return_value=small):
+                for tile, x in zip(tiles, inputs, strict=True):
+                    tile.zero_grad()
+                    tile.latch.clear()
+                    x.grad = None
+                    tile(x).backward(grad)
+
+        runs[name] = captured([passes], o.device, True) * 4
+    for name, times in in_turn(runs, o.rounds, o.device, list(runs)).items():
+        rows[name].ms, rows[name].worst = times.median / layers, times.worst / layers
+    relate(list(rows.values()), "several launches", "/ several")
     yield from rows.values()
 
 

@@ -90,6 +90,13 @@ OPS: dict[str, Op] = {
         {"hidden": 32, "layers": 2, "intermediate": 48, "heads": 4, "kv_heads": 2, "vocab": 64}
         | {"rows": 2, "tokens": 8, "rank": 4, "transfer_every": 2, "limit_GiB": 16},
     ),
+    "small": Op(
+        "op_kernels",
+        "small_layer",
+        "forward and backward of a small float32 layer: one launch each beside several",
+        {"samples": 64, "outputs": 512, "inputs": 512, "rank": 8},
+        {"samples": 4, "outputs": 12, "inputs": 8, "rank": 4},
+    ),
     "tree": Op(
         "op_kernels",
         "segment_tree",

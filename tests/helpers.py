@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lrtt import LRTTConfig, devices
 from lightning_lrtt.nn.tile import tile_key
@@ -150,3 +151,20 @@ def clean_environment(**more: str) -> dict[str, str]:
         "LOCAL_WORLD_SIZE",
     }
     return {name: value for name, value in os.environ.items() if name not in left} | more
+
+
+class Operators(TorchDispatchMode):
+    """The calls of our operators, by name, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "lrtt":
+            self.calls.append((func._schema.name.removeprefix("lrtt::"), args))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]

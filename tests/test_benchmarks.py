@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import clean_environment
+from helpers import Operators, clean_environment
 from torch import nn
 
 import lightning_lrtt
@@ -26,7 +26,7 @@ from lightning_lrtt.ops import COUNTS
 
 ROOT = Path(__file__).resolve().parent.parent
 SOFT = devices.SoftBounds()
-OPS = ("update", "transfer", "step", "mlp24", "large", "llama", "tree")
+OPS = ("update", "transfer", "step", "mlp24", "large", "llama", "small", "tree")
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -94,6 +94,22 @@ def test_step_compares_pulses_with_their_expectation() -> None:
         assert row["checks"]["one transfer every T steps"]
         assert row["more"]["same pulses eagerly"]
         assert row["worst"] >= row["ms"]
+
+
+def test_small_layers_are_read_as_their_rows_say(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels, taken = module("op_kernels"), {}
+
+    def in_turn(runs: Any, *args: Any) -> dict[str, Any]:
+        for name, (step, *_) in runs.items():
+            with Operators() as operators:
+                step()
+            taken[name] = operators.names
+        return {}
+
+    monkeypatch.setattr(kernels, "in_turn", in_turn)
+    sizes = {"samples": 4, "outputs": 12, "inputs": 8, "rank": 4}
+    list(kernels.small_layer(module("measure").Options("cpu", True, sizes, None)))
+    assert taken == {"one launch each": ["small_forward", "small_backward"] * 16, "several launches": []}
 
 
 def test_what_is_missing_is_said() -> None:

@@ -1,18 +1,19 @@
 """Reads of small layers as one operator forward and one backward, which GPUs run in a launch each.
 
 On a CPU the operators are formulas, and a layer never asks for them; here it is made to.
+
+Tolerances: an entry is a sum of at most 30 float32 products of numbers up to 4 in another order, 30 roundings of 2^-24 of
+their magnitudes, which add up to less than 5: 1e-5. Second derivatives and squares multiply two or three such sums: 1e-4.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from helpers import Operators
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_lrtt import LRTT, LRTTConfig, devices
 from lightning_lrtt.nn import LRTTLinear, linear
@@ -30,23 +31,6 @@ SHAPES = [(5, 6), (2, 3, 6), (6,)]
 @pytest.fixture(autouse=True)
 def _every_layer_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "is_small", lambda x, c, r: True)
-
-
-class Operators(TorchDispatchMode):
-    """The calls of our operators, by name, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "lrtt":
-            self.calls.append((func._schema.name.removeprefix("lrtt::"), args))
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _ in self.calls]
 
 
 def layer(config: LRTTConfig, bias: bool = True) -> LRTTLinear:
@@ -68,7 +52,7 @@ def dense(own: LRTTLinear, x: Tensor) -> tuple[Tensor, list[Tensor]]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_outputs_and_gradients(name, shape, bias):
-    """Those of the formula; tolerance: sums of at most 30 float32 products of numbers of size 1.
+    """Those of the formula.
 
     What the latch keeps of the gradients is a copy, equal to ``p.grad`` to the bit.
     """
